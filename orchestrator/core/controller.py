@@ -1,0 +1,270 @@
+"""The one brain: ``advance(state, event, rules) -> (state, action)``, the same in every runtime.
+
+The target batch is a function of the measured data alone. A decision is taken whenever the samples seen pass a
+multiple of ``every_samples`` and takes effect ``lag_steps`` later, so that an answer that travels arrives in time
+and every runtime decides alike. Only the number of workers asked for may depend on a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from orchestrator.core import guard, noise, throughput
+from orchestrator.core.guard import GuardState
+from orchestrator.core.lr_rules import Rule
+from orchestrator.core.noise import NoiseSettings, NoiseState
+from orchestrator.core.planner import WorkerLimits, make_plan, useful_workers
+from orchestrator.core.policies import Policy, PolicyInputs
+from orchestrator.core.throughput import StepTimes
+from orchestrator.types import (
+    Action,
+    ApplyPlan,
+    BatchPlan,
+    Event,
+    GradMeasured,
+    GradSample,
+    Keep,
+    PlanRejected,
+    Preempted,
+    RequestWorkers,
+    SaveCheckpoint,
+    Stop,
+    Target,
+    WorkersChanged,
+    assert_never,
+)
+
+ResizeWhen = Literal["saves_time", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Everything the user settled before the run; it never changes while training."""
+
+    total_samples: int
+    base_batch: int
+    micro_batch: int  # the most samples in one forward pass on one device
+    act: bool  # False: advise only
+    measurable: bool  # whether a plan must hold at least two micro-batches
+    every_samples: int
+    lag_steps: int
+    noise: NoiseSettings
+    policy: Policy
+    lr_rule: Rule
+    workers: WorkerLimits
+    resize_when: ResizeWhen
+    resize_cost_s: float  # taken until a resize has been measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingTarget:
+    """A decision on its way: ``target`` holds from step ``effective_step`` on."""
+
+    effective_step: int
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerState:
+    """All that the controller remembers; a value that is saved, sent and replayed as one."""
+
+    target: Target
+    world_size: int
+    noise: NoiseState
+    guard: GuardState
+    step: int = -1  # the last step absorbed
+    samples_seen: int = 0
+    generation: int = 0
+    pending: PendingTarget | None = None
+    last_change_samples: int | None = None
+    changed: bool = False  # whether the target changed since the last decision
+    loss_sum: float = 0.0  # since the last decision, weighted by samples
+    loss_samples: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+    max_micro_batch: int | None = None  # after memory ran out
+    resize_cost_s: float | None = None  # as last measured
+    requested_workers: int | None = None
+
+
+def init(rules: Rules, *, world_size: int) -> ControllerState:
+    return ControllerState(
+        target=Target(batch=rules.base_batch),
+        world_size=world_size,
+        noise=noise.init(rules.noise),
+        guard=GuardState(),
+    )
+
+
+def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[ControllerState, Action]:
+    """Take one event in and say what to do. Events of a step already absorbed change nothing."""
+    match event:
+        case GradMeasured():
+            return _measured(state, event, rules)
+        case WorkersChanged(world_size=world_size, resize_cost_s=cost):
+            state = replace(
+                state,
+                world_size=world_size,
+                resize_cost_s=state.resize_cost_s if cost is None else cost,
+                times=StepTimes(),  # another layout has other step times
+                generation=state.generation + 1,
+            )
+            return state, _apply_now(state, rules, f"{world_size} workers now")
+        case PlanRejected(max_micro_batch=limit):
+            if state.max_micro_batch is not None:
+                limit = min(limit, state.max_micro_batch)
+            state = replace(state, max_micro_batch=limit, times=StepTimes(), generation=state.generation + 1)
+            reason = f"out of memory: micro-batches of at most {limit} from now on, the batch stays"
+            return state, _apply_now(state, rules, reason)
+        case Preempted(why=why):
+            return state, SaveCheckpoint(reason=f"a worker will be taken away: {why}")
+        case _:
+            assert_never(event)
+
+
+def plan_for(state: ControllerState, target: Target, rules: Rules) -> BatchPlan:
+    """The plan that realises ``target`` with the workers there are now."""
+    return make_plan(
+        target.batch,
+        world_size=state.world_size,
+        micro_batch=_micro_batch(state, rules),
+        generation=state.generation,
+        measurable=rules.measurable,
+    )
+
+
+def current_plan(state: ControllerState, rules: Rules, *, reason: str) -> ApplyPlan:
+    """What training should be doing at the step after the last one absorbed."""
+    return _apply_now(state, rules, reason)
+
+
+def pending_plan(state: ControllerState, rules: Rules) -> ApplyPlan | None:
+    """The decision that is on its way, planned for the workers there are now."""
+    if state.pending is None:
+        return None
+    return _apply(state, state.pending.target, rules, step=state.pending.effective_step, reason="decided before")
+
+
+def is_decision_point(*, before: int, after: int, every_samples: int) -> bool:
+    """Whether a step that went from ``before`` to ``after`` samples seen is one at which the target is decided."""
+    return after // every_samples > before // every_samples
+
+
+def _measured(state: ControllerState, event: GradMeasured, rules: Rules) -> tuple[ControllerState, Action]:
+    sample = event.sample
+    if sample.step <= state.step:
+        return state, Keep(reason=f"step {sample.step} was absorbed before")
+    before = state.samples_seen
+    state = _absorb(state, event, rules)
+    if state.samples_seen >= rules.total_samples:
+        return state, Stop(reason=f"all {rules.total_samples} samples seen")
+    if is_decision_point(before=before, after=state.samples_seen, every_samples=rules.every_samples):
+        return _decide(state, sample, rules)
+    return _ask_for_workers(state, rules)
+
+
+def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> ControllerState:
+    sample, times = event.sample, state.times
+    if event.step_time_s is not None and sample.batch == state.target.batch:
+        accum_steps = plan_for(state, state.target, rules).accum_steps
+        times = throughput.absorb(times, event.step_time_s, accum_steps=accum_steps)
+    target, pending, last_change = state.target, state.pending, state.last_change_samples
+    changed = state.changed
+    if pending is not None and sample.step + 1 >= pending.effective_step:
+        target, pending, last_change, changed = pending.target, None, sample.samples_seen, True
+    return replace(
+        state,
+        target=target,
+        pending=pending,
+        last_change_samples=last_change,
+        changed=changed,
+        step=sample.step,
+        samples_seen=sample.samples_seen,
+        noise=noise.absorb(state.noise, sample, rules.noise),
+        loss_sum=state.loss_sum + sample.loss * sample.batch,
+        loss_samples=state.loss_samples + sample.batch,
+        times=times,
+    )
+
+
+def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[ControllerState, Action]:
+    if state.pending is not None:
+        wait = f"batch {state.pending.target.batch} takes effect at step {state.pending.effective_step}"
+        return state, Keep(reason=f"keep {state.target.batch}: {wait}", decided=True)
+    stats = noise.stats(state.noise, rules.noise)
+    watched = guard.observe(
+        state.guard,
+        batch=state.target.batch,
+        lr=sample.lr,
+        stats=stats,
+        mean_loss=state.loss_sum / state.loss_samples,
+        changed=state.changed,
+    )
+    state = replace(state, guard=watched, changed=False, loss_sum=0.0, loss_samples=0)
+    decision = rules.policy(
+        PolicyInputs(
+            stats=stats,
+            batch=state.target.batch,
+            samples_seen=state.samples_seen,
+            last_change_samples=state.last_change_samples,
+            credit=guard.credit(watched),
+        )
+    )
+    if decision.target_batch == state.target.batch:
+        return state, Keep(reason=decision.reason, decided=True)
+    if not rules.act:
+        return state, Keep(reason=f"advise only: {decision.reason}", decided=True, wish=decision.target_batch)
+    # An estimate without an upper end is no ground for a learning rate either; the last good one stays.
+    known = stats.noise_scale if stats.bounded else state.target.noise_scale
+    target = Target(batch=decision.target_batch, noise_scale=known)
+    step = sample.step + 1 + rules.lag_steps
+    state = replace(state, pending=PendingTarget(effective_step=step, target=target), generation=state.generation + 1)
+    return state, _apply(state, target, rules, step=step, reason=decision.reason)
+
+
+def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerState, Action]:
+    keep = Keep(reason="nothing to decide at this step")
+    if rules.resize_when == "never" or state.pending is not None:
+        return state, keep
+    plan = plan_for(state, state.target, rules)
+    # The configured micro-batch, not the plan's: a small batch that was cut only to be measured needs no more workers.
+    wanted = useful_workers(state.target.batch, micro_batch=_micro_batch(state, rules), limits=rules.workers)
+    asked = state.world_size if state.requested_workers is None else state.requested_workers
+    if wanted == asked:
+        return state, keep
+    if wanted < asked:
+        # Giving workers back saves no time, so it waits until some would have nothing to do.
+        if plan.num_micro_batches >= asked:
+            return state, keep
+        reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches, too few for {asked} workers"
+        return replace(state, requested_workers=wanted), RequestWorkers(num_workers=wanted, reason=reason)
+    then = -(-plan.num_micro_batches // wanted)
+    reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches: {wanted} workers take {then} each"
+    if rules.resize_when == "saves_time":
+        cost = rules.resize_cost_s if state.resize_cost_s is None else state.resize_cost_s
+        saving = throughput.predicted_saving_s(
+            state.times,
+            remaining_samples=rules.total_samples - state.samples_seen,
+            batch=plan.batch,
+            accum_now=plan.accum_steps,
+            accum_then=then,
+        )
+        if saving is None or saving <= cost:
+            return state, keep
+        reason += f", saving about {saving:.1f} s for a resize of about {cost:.1f} s"
+    return replace(state, requested_workers=wanted), RequestWorkers(num_workers=wanted, reason=reason)
+
+
+def _micro_batch(state: ControllerState, rules: Rules) -> int:
+    return rules.micro_batch if state.max_micro_batch is None else min(rules.micro_batch, state.max_micro_batch)
+
+
+def _apply_now(state: ControllerState, rules: Rules, reason: str) -> ApplyPlan:
+    return _apply(state, state.target, rules, step=state.step + 1, reason=reason)
+
+
+def _apply(state: ControllerState, target: Target, rules: Rules, *, step: int, reason: str) -> ApplyPlan:
+    factor = rules.lr_rule(target.batch / rules.base_batch, noise_scale=target.noise_scale, base_batch=rules.base_batch)
+    return ApplyPlan(
+        plan=plan_for(state, target, rules), target=target, lr_factor=factor, effective_step=step, reason=reason
+    )

@@ -1,0 +1,94 @@
+"""The learning rate's factor: closed forms, AdaScale's gain, and what is refused."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from orchestrator.core.lr_rules import build_rule
+
+ratios = st.floats(1e-3, 1e3)
+
+
+@pytest.mark.parametrize(
+    ("name", "exponent", "expected"),
+    [("constant", None, 1.0), ("linear", None, 4.0), ("sqrt", None, 2.0), ("power", 0.75, 4.0**0.75)],
+)
+def test_rules_of_the_ratio_alone(name, exponent, expected) -> None:
+    rule = build_rule(name, exponent=exponent)
+    assert rule(4.0, noise_scale=None, base_batch=8) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(None, 5.5), (0.5, 5.5**0.5)])
+def test_noise_scale_rule_at_a_noise_scale_of_1000_from_100_to_1000(exponent, expected) -> None:
+    rule = build_rule("noise_scale", exponent=exponent)
+    assert rule(10.0, noise_scale=1000.0, base_batch=100) == pytest.approx(expected, rel=1e-14)
+
+
+@given(ratios, st.floats(1e-6, 1e6), st.floats(1e-6, 1e6), st.integers(1, 4096))
+def test_noise_scale_rule_is_the_gain_of_adascale(ratio, variance, signal, base_batch) -> None:
+    """Johnson et al. 2020: (s2 + m2) / (s2 / k + m2), s2 the variance of the mean of a base batch, m2 = |G|^2."""
+    gain = (variance + signal) / (variance / ratio + signal)
+    rule = build_rule("noise_scale")
+    found = rule(ratio, noise_scale=variance * base_batch / signal, base_batch=base_batch)
+    assert found == pytest.approx(gain, rel=1e-9)
+
+
+def test_noise_scale_rule_goes_from_constant_to_linear() -> None:
+    rule = build_rule("noise_scale")
+    assert rule(8.0, noise_scale=0.0, base_batch=32) == 1.0
+    assert rule(8.0, noise_scale=1e15, base_batch=32) == pytest.approx(8.0, rel=1e-9)
+
+
+def test_an_unknown_noise_scale_risks_no_larger_rate() -> None:
+    assert build_rule("noise_scale")(8.0, noise_scale=None, base_batch=32) == 1.0
+
+
+@pytest.mark.parametrize(("optimizer", "same_as"), [("sgd", "noise_scale"), ("adam", "sqrt"), ("adamw", "sqrt")])
+def test_auto_follows_the_optimizers_family(optimizer, same_as) -> None:
+    found = build_rule("auto", optimizer_name=optimizer)(4.0, noise_scale=100.0, base_batch=32)
+    assert found == build_rule(same_as)(4.0, noise_scale=100.0, base_batch=32)
+
+
+@pytest.mark.parametrize("optimizer", [None, "lion", "torch.optim:SGD"])
+def test_auto_refuses_a_family_it_does_not_know_and_names_the_choices(optimizer) -> None:
+    with pytest.raises(ValueError, match="constant, linear, sqrt, power, noise_scale"):
+        build_rule("auto", optimizer_name=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "exponent", "said"),
+    [
+        ("power", None, "exponent is missing"),
+        ("power", 1.5, "between 0 and 1"),
+        ("noise_scale", -0.1, "between 0 and 1"),
+        ("linear", 0.5, "does not apply to linear"),
+        ("auto", 0.5, "does not apply to auto"),
+        ("sqr", None, "did you mean sqrt"),
+    ],
+)
+def test_what_makes_no_rule_is_refused_by_name(name, exponent, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_rule(name, exponent=exponent, optimizer_name="sgd")
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "sqrt", "noise_scale"])
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_ratio_that_is_none_is_refused(name, ratio) -> None:
+    with pytest.raises(ValueError, match="positive number"):
+        build_rule(name)(ratio, noise_scale=10.0, base_batch=8)
+
+
+def wrong_at_one(exponent):
+    return lambda ratio, *, noise_scale, base_batch: 2.0 * ratio
+
+
+def own_rule(exponent):
+    return lambda ratio, *, noise_scale, base_batch: ratio**exponent
+
+
+def test_an_imported_rule_is_built_with_the_exponent() -> None:
+    assert build_rule(f"{__name__}:own_rule", exponent=0.25)(16.0, noise_scale=None, base_batch=1) == 2.0
+
+
+def test_an_imported_rule_must_be_one_at_ratio_one() -> None:
+    with pytest.raises(ValueError, match="1 at ratio 1; got 2"):
+        build_rule(f"{__name__}:wrong_at_one")
