@@ -1,0 +1,69 @@
+"""``groundswell config``: look at a config without starting anything; needs neither torch nor ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from launch.bundled import describe, find_config, list_configs
+from orchestrator.config import RunConfig
+from orchestrator.config_file import load_config, to_yaml
+from orchestrator.errors import ConfigError
+
+
+@click.group(name="config")
+def config_group() -> None:
+    """Check, print or list configs; nothing is started."""
+
+
+def _config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    overrides = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Override one key, such as optimizer.lr=0.1; may be given again.",
+    )
+    return click.argument("name_or_path", metavar="CONFIG")(overrides(command))
+
+
+@config_group.command()
+@_config_arguments
+def validate(name_or_path: str, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG, a file or the name of a bundled config, and say in a line what it would do."""
+    run = read_config(name_or_path, overrides)
+    length = f"{run.train.samples} samples" if run.train.samples is not None else f"{run.train.epochs} epochs"
+    batch = f"batch {run.batch.initial} to {run.batch.max}"
+    if run.controller.mode == "advise":
+        batch = f"batch {run.batch.initial} (advise only)"
+    elif run.batch.max == run.batch.initial or run.controller.policy == "fixed":
+        batch = f"batch {run.batch.initial}"
+    click.echo(f"OK {run.run.name}: task {run.task.name}, {length}, {batch}")
+
+
+@config_group.command()
+@_config_arguments
+@click.option("--comments/--no-comments", default=True, help="With or without what each key means.")
+def show(name_or_path: str, overrides: tuple[str, ...], comments: bool) -> None:
+    """Print CONFIG as a run would see it: every key with its value, its unit and its meaning."""
+    click.echo(to_yaml(read_config(name_or_path, overrides), comments=comments), nl=False)
+
+
+@config_group.command(name="list")
+def list_bundled() -> None:
+    """Name the bundled configs."""
+    configs = list_configs()
+    width = max((len(path.stem) for path in configs), default=0)
+    for path in configs:
+        click.echo(f"{path.stem:<{width}}  {describe(path)}".rstrip())
+
+
+def read_config(name_or_path: str, overrides: tuple[str, ...]) -> RunConfig:
+    """The config, or its problems on stderr and exit code 2."""
+    try:
+        return load_config(find_config(name_or_path), overrides)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        raise click.exceptions.Exit(2) from error

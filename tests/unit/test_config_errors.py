@@ -1,0 +1,344 @@
+"""Broken configs, in a table: each error names the key, the value that was seen, and what to write instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config_file import load_config
+from orchestrator.errors import ConfigError, Problem
+
+GOOD = """\
+run: {name: base}
+task:
+  name: digits
+train:
+  epochs: 60
+batch:
+  initial: 32
+  micro_batch: 32
+  max: 512
+optimizer:
+  name: sgd
+  lr: 0.05
+  momentum: 0.9
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``old`` of the good file becomes ``new``; without ``old``, ``new`` is added at its end."""
+
+    name: str
+    new: str
+    key: str
+    value: str
+    hint: str
+    old: str = ""
+    line: int | None = None
+
+
+CASES = [
+    # Names
+    Case("misspelt key", "  initail: 32", "batch.initail", "32", "did you mean batch.initial?", "  initial: 32", 7),
+    Case("misspelt section", "optimiser:", "optimiser", "lr", "did you mean optimizer?", "optimizer:", 10),
+    Case(
+        "name from elsewhere", "  learning_rate: 0.05", "optimizer.learning_rate", "0.05", "optimizer.lr", "  lr: 0.05"
+    ),
+    Case("key in the wrong section", "  warmup_samples: 9", "optimizer.warmup_samples", "9", "schedule.warmup_samples"),
+    Case("key of a section at the top", "lr: 0.1", "lr", "0.1", "did you mean optimizer.lr?", line=14),
+    Case(
+        "key in several sections", "every_samples: 5", "every_samples", "5", "controller.every_samples or evaluation."
+    ),
+    Case("unit left out", "schedule: {warmup: 100}", "schedule.warmup", "100", "schedule.warmup_samples"),
+    Case("unknown task", "  name: digit", "task.name", "digit", "did you mean digits?", "  name: digits", 3),
+    Case("task as a file", "  name: my/task.py:make", "task.name", "my/task.py:make", "my.task:make", "  name: digits"),
+    Case(
+        "task as a dotted name", "  name: my.task.make", "task.name", "my.task.make", "my.task:make", "  name: digits"
+    ),
+    Case("optimizer in capitals", "  name: AdamW", "optimizer.name", "AdamW", "did you mean adamw?", "  name: sgd"),
+    Case("unknown schedule", "schedule: {name: cosin}", "schedule.name", "cosin", "did you mean cosine?"),
+    Case("unknown rule", "lr_rule: {name: square_root}", "lr_rule.name", "square_root", "sqrt, power"),
+    Case("unknown policy", "controller: {policy: noise}", "controller.policy", "noise", "fixed, schedule, noise_scale"),
+    Case("unknown mode", "controller: {mode: advice}", "controller.mode", "advice", "did you mean advise?"),
+    Case("unknown precision", "  precision: fp16", "train.precision", "fp16", "fp32, bf16", "  epochs: 60"),
+    Case("unknown estimator", "measure: {estimator: ranks}", "measure.estimator", "ranks", "micro_batch"),
+    Case("unknown when", "workers: {when: alway}", "workers.when", "alway", "did you mean always?"),
+    # Kinds and units
+    Case("thousands as k", "  initial: 10k", "batch.initial", '"10k"', "write 10000,", "  initial: 32", 7),
+    Case("a unit behind", "  epochs: 2 epochs", "train.epochs", '"2 epochs"', "write 2,", "  epochs: 60", 5),
+    Case("epochs as samples", "  samples: 2 epochs", "train.samples", '"2 epochs"', "train.epochs: 2", "  epochs: 60"),
+    Case("separators", "  samples: 1_000 samples", "train.samples", "1_000 samples", "write 1000,", "  epochs: 60"),
+    Case("thousands commas", "  initial: 1,024", "batch.initial", '"1,024"', "write 1024,", "  initial: 32"),
+    Case("decimal comma", "  lr: 0,05", "optimizer.lr", '"0,05"', "write 0.05", "  lr: 0.05"),
+    Case(
+        "steps for samples", "evaluation: {every_samples: 5 steps}", "evaluation.every_samples", "5 steps", "not steps"
+    ),
+    Case("minutes", "workers: {resize_cost_s: 2 min}", "workers.resize_cost_s", "2 min", "write 120,"),
+    Case("per cent", "controller: {confidence: 95%}", "controller.confidence", "95%", "write 0.95,"),
+    Case("per cent as a number", "controller: {confidence: 95}", "controller.confidence", "95", "write 0.95"),
+    Case("quoted number", '  initial: "32"', "batch.initial", '"32"', "write 32, without quotes", "  initial: 32"),
+    Case("a fraction of an epoch", "  epochs: 1.5", "train.epochs", "1.5", "without a fraction", "  epochs: 60"),
+    Case("float for a count", "  samples: 1e6", "train.samples", "1000000.0", "write 1000000", "  epochs: 60"),
+    Case("words for a number", "  lr: small", "optimizer.lr", "small", "write digits only", "  lr: 0.05"),
+    Case("boolean for a number", "  lr: true", "optimizer.lr", "true", "not numbers", "  lr: 0.05"),
+    Case("yes", "ledger: yes", "ledger", "yes", "write true"),
+    Case("number for a name", "run: {name: 2024}", "run.name", "2024", 'in quotes: "2024"', "run: {name: base}", 1),
+    Case(
+        "no space after the colon",
+        "task:\n  name:digits",
+        "task",
+        "name:digits",
+        "a space after",
+        "task:\n  name: digits",
+    ),
+    Case("value for a section", "workers: 4", "workers", "4", "its keys are initial, min, max"),
+    Case("list for a mapping", "  options: [1]", "task.options", "[1]", "must be a mapping", "  name: digits"),
+    Case("one beta", "  name: adam\n  betas: [0.9]", "optimizer.betas[1]", "", "betas: [0.9, 0.999]", "  name: sgd"),
+    Case("beta as text", "  name: adam\n  betas: [0.9, x]", "optimizer.betas[1]", "x", "digits only", "  name: sgd"),
+    Case("flat ramp", "controller: {policy: schedule, ramp: [5, 64]}", "controller.ramp[0]", "5", "ramp: [[20000, 64]"),
+    Case(
+        "number as an option's name", "  options: {1: a}", "task.options.1", "", 'write "1" in quotes', "  name: digits"
+    ),
+    Case("infinite option", "  options: {a: {b: .inf}}", "task.options.a.b", ".inf", "finite", "  name: digits"),
+    # Ranges
+    Case("no learning rate", "  lr: 0", "optimizer.lr", "0", "more than 0", "  lr: 0.05"),
+    Case("not a number", "  lr: .nan", "optimizer.lr", ".nan", "finite", "  lr: 0.05"),
+    Case("momentum of one", "  momentum: 1.0", "optimizer.momentum", "1.0", "less than 1", "  momentum: 0.9"),
+    Case("clip to nothing", "  max_grad_norm: 0", "train.max_grad_norm", "0", "null: never", "  epochs: 60"),
+    Case("empty batch", "  initial: 0", "batch.initial", "0", "at least 1", "  initial: 32"),
+    Case("lag of nothing", "controller: {lag_steps: 0}", "controller.lag_steps", "0", "at least 1"),
+    Case("growth by nothing", "controller: {max_growth: 1.0}", "controller.max_growth", "1.0", "more than 1"),
+    Case("dead-band below one", "controller: {deadband: 0.5}", "controller.deadband", "0.5", "at least 1"),
+    Case("negative seed", "run: {seed: -1}", "run.seed", "-1", "at least 0", "run: {name: base}"),
+    Case("no checkpoint kept", "checkpoint: {keep: 0}", "checkpoint.keep", "0", "at least 1"),
+    Case("endless recovery", "recovery: {max_failures: -1}", "recovery.max_failures", "-1", "0: never"),
+    Case("run name with a folder", "run: {name: a/b}", "run.name", "a/b", "write a-b; run.dir", "run: {name: base}"),
+    Case("run name that climbs", "run: {name: ..}", "run.name", "..", "such as my-run", "run: {name: base}"),
+    Case("no run folder", 'run: {dir: ""}', "run.dir", '""', "must not be empty", "run: {name: base}"),
+    # One key against another
+    Case("ceiling below", "  max: 16", "batch.max", "16", "write 32 or more", "  max: 512", 9),
+    Case("floor above", "  min: 64", "batch.min", "64", "write 32 or less", "  max: 512"),
+    Case("huge micro-batch", "  micro_batch: 600", "batch.micro_batch", "600", "512 or less", "  micro_batch: 32"),
+    Case("no room to grow", "  max: 32", "batch.max", "32", "controller.mode: advise", "  max: 512"),
+    Case("immeasurable batch", "  initial: 1", "batch.initial", "1", "write 2 or more", "  initial: 32"),
+    Case("fewer workers than min", "workers: {min: 2, max: 4}", "workers.initial", "1", "lower workers.min"),
+    Case("more workers than max", "workers: {initial: 3}", "workers.max", "1", "write 3 or more"),
+    Case("idle workers", "workers: {initial: 64, max: 64}", "workers.initial", "64", "write 32 or fewer"),
+    Case("one and a half GPUs", "workers: {gpus_per_worker: 1.5}", "workers.gpus_per_worker", "1.5", "write 2"),
+    Case("samples and epochs", "  epochs: 60\n  samples: 50000", "train.epochs", "60", "remove one", "  epochs: 60", 5),
+    Case("neither samples nor epochs", "  precision: fp32", "train.samples", "", "train.epochs: 10", "  epochs: 60"),
+    Case("momentum for adam", "  name: adam", "optimizer.momentum", "0.9", "that uses it: sgd", "  name: sgd", 13),
+    Case("betas for sgd", "  betas: [0.9, 0.99]", "optimizer.betas", "[0.9, 0.99]", "uses it: adam, adamw"),
+    Case("nesterov alone", "  nesterov: true", "optimizer.nesterov", "true", "momentum: 0.9", "  momentum: 0.9"),
+    Case("gamma for cosine", "schedule: {name: cosine, gamma: 0.5}", "schedule.gamma", "0.5", "uses it: step"),
+    Case(
+        "fraction for constant", "schedule: {final_fraction: 0.1}", "schedule.final_fraction", "0.1", "cosine, linear"
+    ),
+    Case("step without milestones", "schedule: {name: step}", "schedule.milestones_samples", "", "[20000, 40000]"),
+    Case("wsd without decay", "schedule: {name: wsd}", "schedule.decay_samples", "", "a fifth"),
+    Case("one_cycle without a rise", "schedule: {name: one_cycle}", "schedule.warmup_samples", "0", "a third"),
+    Case(
+        "milestones in disorder",
+        "schedule: {name: step, milestones_samples: [9, 5]}",
+        "schedule.milestones_samples",
+        "[9, 5]",
+        "write [5, 9]",
+    ),
+    Case(
+        "milestone within the warm-up",
+        "schedule: {name: step, warmup_samples: 50, milestones_samples: [9]}",
+        "schedule.milestones_samples",
+        "[9]",
+        "shorten schedule.warmup_samples",
+    ),
+    Case("power without exponent", "lr_rule: {name: power}", "lr_rule.exponent", "", "between 0.5"),
+    Case("exponent for linear", "lr_rule: {name: linear, exponent: 0.5}", "lr_rule.exponent", "0.5", "noise_scale"),
+    Case("auto for an unknown family", "  name: a.b:Lion", "lr_rule.name", "auto", "linear suits sgd", "  name: sgd"),
+    Case(
+        "ramp without its policy", "controller: {ramp: [[9, 64]]}", "controller.ramp", "[[9, 64]]", "policy: schedule"
+    ),
+    Case("policy without its ramp", "controller: {policy: schedule}", "controller.ramp", "", "write ramp: [["),
+    Case(
+        "ramp in disorder",
+        "controller: {policy: schedule, ramp: [[9, 64], [5, 128]]}",
+        "controller.ramp",
+        "[[9, 64], [5, 128]]",
+        "in order",
+    ),
+    Case(
+        "ramp that falls",
+        "controller: {policy: schedule, ramp: [[5, 128], [9, 64]]}",
+        "controller.ramp",
+        "[[5, 128], [9, 64]]",
+        "shrink: true",
+    ),
+    Case(
+        "ramp above the ceiling",
+        "controller: {policy: schedule, ramp: [[9, 1024]]}",
+        "controller.ramp",
+        "[[9, 1024]]",
+        "batch.max",
+    ),
+    # One key against the length of the run
+    Case("first batch takes all", "  samples: 20", "batch.initial", "32", "train.samples is 20", "  epochs: 60"),
+    Case(
+        "endless warm-up",
+        "  samples: 5000\nschedule: {warmup_samples: 5000}",
+        "schedule.warmup_samples",
+        "5000",
+        "a tenth",
+        "  epochs: 60",
+    ),
+    Case(
+        "warm-up and decay too long",
+        "  samples: 5000\nschedule: {name: wsd, warmup_samples: 3000, decay_samples: 3000}",
+        "schedule.decay_samples",
+        "3000",
+        "train.samples is 5000",
+        "  epochs: 60",
+    ),
+    Case(
+        "no decision in time",
+        "  samples: 1000",
+        "controller.every_samples",
+        "1024",
+        "write 62",
+        "  epochs: 60",
+    ),
+    Case(
+        "ramp beyond the end",
+        "  samples: 5000\ncontroller: {policy: schedule, ramp: [[6000, 64]]}",
+        "controller.ramp",
+        "[[6000, 64]]",
+        "never reached",
+        "  epochs: 60",
+    ),
+    # YAML itself
+    Case("key given twice", "  initial: 64", "batch.initial", "64", "first on line 7", "  max: 512", 9),
+    Case("section given twice", "task: {name: char_lm}", "task", "", "first on line 2", line=14),
+    Case("foreign tag", "  options: !!python/name:os.system x", "task.options", "python/name", "tag", "  name: digits"),
+    Case("endless alias", "  options: &a {b: *a}", "task.options.b", "*alias", "contain itself", "  name: digits"),
+]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "case.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(path: Path, overrides: list[str] | None = None) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides or [])
+    problems = [problem for problem in caught.value.problems if isinstance(problem, Problem)]
+    assert len(problems) == len(caught.value.problems)
+    assert str(caught.value) == "\n\n".join(str(problem) for problem in problems)
+    return problems
+
+
+def test_the_file_that_the_table_breaks_is_good(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, GOOD)).batch.max == 512
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_broken_config_is_refused_with_key_value_and_hint(case: Case, tmp_path: Path) -> None:
+    assert not case.old or GOOD.count(case.old + "\n") == 1
+    text = GOOD.replace(case.old + "\n", case.new + "\n") if case.old else GOOD + case.new + "\n"
+    path = write(tmp_path, text)
+    [problem] = [p for p in problems_of(path) if p.key == case.key]
+    words = str(problem)
+    assert words.startswith(f"{path}")
+    assert f"{case.key}:" in words
+    assert case.value in (problem.value or "")
+    assert (problem.value is None) == (case.value == "")
+    assert case.hint in f"{problem.rule}\n{problem.fix}"
+    if case.line is not None:
+        assert problem.line == case.line
+        assert f"line {case.line}" in words
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "hint"),
+    [
+        (b"", None, "the file is empty"),
+        (b"# only a comment\n", None, "the file is empty"),
+        (b"- task\n- train\n", 1, "must hold sections"),
+        (b"just words\n", 1, "must hold sections"),
+        (b"task:\n\tname: digits\n", 2, "with spaces, not with tabs"),
+        (b"task:\n  name: digits\n train: 3\n", 3, "check the indentation"),
+        (b"task:\n  name:digits\n  options: {}\n", 3, "a space after the colon"),
+        (b"task: {name: digits\n", 2, "cannot be read as YAML"),
+        (b"task: {name: digits}\n---\ntrain: {epochs: 1}\n", 2, "another"),
+        (b"task: *missing\n", 1, "undefined alias"),
+        (b"task:\n  name: caf\xe9\n", 2, "byte 0xe9"),
+        ("task:\n".encode("utf-16"), 1, "save the file as UTF-8"),
+        (b"task:\n  name: a\x00b\n", 2, "does not allow"),
+    ],
+)
+def test_a_file_that_is_not_a_config_is_refused_with_its_line(
+    content: bytes, line: int | None, hint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "case.yaml"
+    path.write_bytes(content)
+    [problem] = problems_of(path)
+    assert problem.source == str(path)
+    assert problem.line == line
+    assert hint in str(problem)
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+    [missing] = problems_of(tmp_path / "none.yaml")
+    assert "none.yaml" in str(missing)
+    assert "No such file" in str(missing)
+    [folder] = problems_of(tmp_path)
+    assert "is a folder" in str(folder)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "hint"),
+    [
+        ("batch.initial", None, "section.key=value"),
+        ("=5", None, "section.key=value"),
+        ("batch..initial=5", None, "section.key=value"),
+        ("batch.initail=5", "batch.initail", "did you mean batch.initial?"),
+        ("batch.initial=10k", "batch.initial", "write 10000"),
+        ("batch.initial.x=5", "batch.initial.x", "set batch.initial itself"),
+        ("optimizer.betas=[0.9", None, "cannot be read as YAML"),
+        ("batch=5", "batch", "must be a section"),
+        ("optimizer.name=adam", "optimizer.momentum", "that uses it: sgd"),
+        ("batch.initial=1024", "batch.max", "below batch.initial, 1024"),
+        ("optimizer.lr={a: 1, a: 2}", "optimizer.lr.a", "given twice"),
+    ],
+)
+def test_a_bad_override_is_named_as_the_source(override: str, key: str | None, hint: str, tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path, GOOD), ["run.seed=7", override])
+    [problem] = [p for p in problems if p.key == key]
+    assert problem.source == f"--set {override}"
+    assert problem.line is None
+    assert hint in str(problem)
+
+
+def test_all_problems_are_listed_in_the_order_of_the_file_then_the_overrides(tmp_path: Path) -> None:
+    text = GOOD.replace("digits", "digit").replace("initial: 32", "initial: 10k").replace("lr: 0.05", "lr: 1\n  lr: -1")
+    problems = problems_of(write(tmp_path, text), ["train.epochs=0", "nothing"])
+    assert [p.key for p in problems] == ["task.name", "batch.initial", "optimizer.lr", None, "train.epochs"]
+    assert [p.line for p in problems] == [3, 7, 13, None, None]
+
+
+def test_a_missing_section_lists_what_it_must_hold(tmp_path: Path) -> None:
+    problems = {p.key: str(p) for p in problems_of(write(tmp_path, "ledger: false\n"))}
+    assert set(problems) == {"task", "train", "batch", "optimizer"}
+    assert "batch.initial, batch.micro_batch" in problems["batch"]
+    assert "train.epochs" in problems["train"]
+
+
+def test_a_file_name_that_cannot_name_a_run_asks_for_a_run_name(tmp_path: Path) -> None:
+    path = tmp_path / "my config (2).yaml"
+    path.write_text(GOOD.replace("run: {name: base}\n", ""), encoding="utf-8")
+    [problem] = problems_of(path)
+    assert problem.key == "run.name"
+    assert "write my-config-2" in str(problem)
+    assert load_config(path, ["run.name=mine"]).run.name == "mine"
