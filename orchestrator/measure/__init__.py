@@ -1,0 +1,1 @@
+"""Gradients to the sums that the estimator needs."""

@@ -1,0 +1,87 @@
+"""The Protocols through which the session meets the world; adapters live in ``runtime/`` and ``ray_train/``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from orchestrator.types import Action, ApplyPlan, Event
+
+
+class Collective(Protocol):
+    """All ranks call every method, equally often, in the same order."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks in float64, the same on each."""
+        ...
+
+    def share(self, value: Any) -> Any:
+        """Rank zero's value (plain Python data), on every rank."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value by rank, on rank zero; an empty list elsewhere."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrainRecord:
+    """What rank zero saves with a checkpoint: an encoded controller state, and the events it has not absorbed yet."""
+
+    state: str | None = None
+    tail: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """What training should do as it begins or resumes: now, and after a decision that is on its way."""
+
+    now: ApplyPlan
+    pending: ApplyPlan | None
+    notes: tuple[Mapping[str, Any], ...] = ()  # events of the cluster, for rank zero to write down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commands:
+    """What was asked of the workers since they last looked."""
+
+    save: str | None = None
+    hold: str | None = None  # save, then wait to be resized
+    stop: str | None = None
+    notes: tuple[Mapping[str, Any], ...] = ()
+
+
+class Brain(Protocol):
+    """Rank zero's way to the controller, in this process or in Ray Train's; only rank zero calls it."""
+
+    def begin(self, record: BrainRecord, *, world_size: int, dataset_size: int, resize_cost_s: float | None) -> Welcome:
+        """Set the controller to ``record`` and learn the plan to begin with."""
+        ...
+
+    def post(self, event: Event) -> None:
+        """Hand over an event; never waits."""
+        ...
+
+    def answer(self, step: int) -> Action:
+        """The decision taken at ``step``; waits for it. Asked only for steps that are decision points."""
+        ...
+
+    def replan(self, event: Event) -> Welcome:
+        """Hand over an event that must change the plan at once, and wait for that plan."""
+        ...
+
+    def hold_failed(self) -> None:
+        """Say that the workers could not save and go on training instead of holding."""
+        ...
+
+    def commands(self) -> Commands:
+        """What was asked since the last call; never waits."""
+        ...
+
+    def record(self) -> BrainRecord:
+        """What to save with a checkpoint of this moment."""
+        ...

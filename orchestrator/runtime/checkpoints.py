@@ -1,0 +1,211 @@
+"""Checkpoints that exist whole or not at all, and are proved whole before they are used.
+
+All ranks write into a temporary folder through ``torch.distributed.checkpoint``; rank zero adds the metadata and a
+manifest of checksums, and renames. Nothing else in the project creates, chooses or deletes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from orchestrator.errors import CheckpointError
+from orchestrator.ports import Collective
+
+_NAME = re.compile(r"step-(\d{9})")
+_MANIFEST = "manifest.json"
+_META = "meta.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A checkpoint that could not be used, and why."""
+
+    path: str
+    why: str
+
+
+@final
+class CheckpointStore:
+    """The checkpoints of one run, under ``folder``; the newest ``keep`` stay. All ranks call every method."""
+
+    def __init__(self, folder: Path, *, keep: int, collective: Collective) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._collective = collective
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, meta: Mapping[str, Any]) -> Path:
+        """Write one checkpoint. ``meta`` is plain data, read from rank zero only.
+
+        Raises ``CheckpointError`` on every rank when it could not be written; older checkpoints are untouched.
+        """
+        final_path = self.path_of(step)
+        partial = self._folder / f".step-{step:09d}.partial"
+        problem = self._on_rank_zero(lambda: _make_empty(partial))
+        if problem is None:
+            problem = self._write_tensors(model, optimizer, partial)
+        if problem is None:
+            problem = self._on_rank_zero(lambda: _commit(partial, final_path, meta))
+        if problem is not None:
+            self._on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise CheckpointError(
+                f"checkpoint of step {step} was not written to {final_path}: {problem}; older checkpoints are "
+                "untouched; make room or mend the storage, training can go on"
+            )
+        self._on_rank_zero(self._forget_old)
+        return final_path
+
+    def load_latest(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[Path | None, dict[str, Any], tuple[Fault, ...]]:
+        """Load the newest checkpoint that is whole: its path, its metadata, and those that were passed over.
+
+        ``(None, {}, ())`` when there is none at all. Raises ``CheckpointError`` when every one is broken, or when
+        the model or the optimizer does not fit.
+        """
+        chosen, faults = self._collective.share(_choose(self._folder) if self._collective.rank == 0 else None)
+        if chosen is None:
+            if faults:
+                listed = "; ".join(f"{fault.path}: {fault.why}" for fault in faults)
+                raise CheckpointError(f"no checkpoint under {self._folder} is whole ({listed}); begin a new run")
+            return None, {}, ()
+        meta: dict[str, Any] = self._collective.share(
+            json.loads((chosen / _META).read_text()) if self._collective.rank == 0 else None
+        )
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
+                state_dict_loader.load(state, checkpoint_id=chosen, no_dist=self._collective.world_size == 1)
+            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        except Exception as error:  # DCP raises several kinds, none of them narrow
+            raise CheckpointError(
+                f"checkpoint {chosen} does not fit this model and optimizer: {error}; resume with the config and the "
+                "code that wrote it, or begin a new run"
+            ) from error
+        return chosen, meta, faults
+
+    def path_of(self, step: int) -> Path:
+        return self._folder / f"step-{step:09d}"
+
+    def _write_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> str | None:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        problem = None
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
+                state_dict_saver.save(
+                    {"model": model_state, "optimizer": optimizer_state},
+                    checkpoint_id=path,
+                    no_dist=self._collective.world_size == 1,
+                )
+        except Exception as error:  # DCP wraps what any rank met
+            problem = f"{type(error).__name__}: {error}"
+        return self._first(problem)
+
+    def _on_rank_zero(self, work: Callable[[], None]) -> str | None:
+        problem = None
+        if self._collective.rank == 0:
+            try:
+                work()
+            except OSError as error:
+                problem = f"{type(error).__name__}: {error}"
+        shared: str | None = self._collective.share(problem)
+        return shared
+
+    def _first(self, problem: str | None) -> str | None:
+        """Any rank's problem, on every rank."""
+        if self._collective.sum([float(problem is not None)])[0] == 0:
+            return None
+        shared: str | None = self._collective.share(problem)
+        return shared or problem or "another rank could not write its part"
+
+    def _forget_old(self) -> None:
+        for _, path in _found(self._folder)[self._keep :]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with the checkpoint at ``path``, or ``None`` when every file is as it was written."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        for name, (size, digest) in manifest.items():
+            file = path / name
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, {size} were written"
+            if _digest(file) != digest:
+                return f"{name} has changed since it was written (its checksum differs)"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """``(step, path)`` of each checkpoint, newest first."""
+    if not folder.is_dir():
+        return []
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted(((int(m[1]), path) for m, path in matches if m), reverse=True)
+
+
+def _choose(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
+    faults: list[Fault] = []
+    for _, path in _found(folder):
+        why = verify(path)
+        if why is None:
+            return path, tuple(faults)
+        faults.append(Fault(path=str(path), why=why))
+    return None, tuple(faults)
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _commit(partial: Path, final_path: Path, meta: Mapping[str, Any]) -> None:
+    (partial / _META).write_text(json.dumps(meta))
+    manifest = {
+        str(file.relative_to(partial)): (file.stat().st_size, _digest(file))
+        for file in sorted(partial.rglob("*"))
+        if file.is_file()
+    }
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    # A later attempt may save the same step again; the older one goes only once the new one is complete.
+    if final_path.exists():
+        shutil.rmtree(final_path)
+    partial.rename(final_path)
+    _sync(final_path.parent)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.blake2b(digest_size=16)
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,56 @@
+"""The small exchanges between ranks: one process alone, or a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+
+
+@final
+class Solo:
+    """One process; every exchange is with itself."""
+
+    rank = 0
+    world_size = 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@final
+class ProcessGroupCollective:
+    """The exchanges of ``orchestrator.ports.Collective`` over a CPU process group.
+
+    A group of its own on gloo when the default one is not: the numbers exchanged here are read by the host, and a
+    device collective would make the host wait for the device twice.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.group)
+        result: list[float] = tensor.tolist()
+        return result
+
+    def share(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        box = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, box, dst=0, group=self.group)
+        return box or []

@@ -1,0 +1,127 @@
+"""A run's folder: what is written while training, one line at a time, and how it is read again.
+
+Rank zero is the only writer while it lives. Lines carry the attempt that wrote them; after a recovery the lines beyond
+the checkpoint stay, and a reader keeps the highest attempt of each step. Unknown is ``null``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO, final
+
+from orchestrator.errors import RunFolderError, StorageError
+
+METRICS = "metrics.jsonl"
+EVALS = "evals.jsonl"
+EVENTS = "events.jsonl"
+LEDGER = "ledger.jsonl"
+CONFIG = "config.yaml"
+STOP_REQUEST = "stop.request"
+
+
+@final
+class RunWriter:
+    """Appends to the run's files. Raises ``StorageError`` when the storage refuses."""
+
+    def __init__(self, folder: Path, *, attempt: int) -> None:
+        self.folder = folder
+        self.attempt = attempt
+        self._files: dict[str, TextIO] = {}
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add one line, flushed, so that a reader or a crash sees whole lines but for the last."""
+        try:
+            if name not in self._files:
+                self._files[name] = _open_for_append(self.folder / name)
+            file = self._files[name]
+            file.write(json.dumps({"attempt": self.attempt} | {k: _known(v) for k, v in row.items()}) + "\n")
+            file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.folder / name}: {error}; make room or mend the storage, then resume the run"
+            ) from error
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+
+def check(folder: Path, *, resume: bool) -> None:
+    """Refuse to write over a run, or to resume what is not there. Raises ``RunFolderError``."""
+    exists = (folder / CONFIG).exists()
+    if exists and not resume:
+        raise RunFolderError(
+            f"{folder} already holds a run; pass --resume to go on with it, or choose another run.name or --run-dir"
+        )
+    if not exists and resume:
+        raise RunFolderError(f"{folder} holds no run to resume (no {CONFIG}); leave --resume out to begin one")
+
+
+def create(folder: Path, *, resume: bool) -> None:
+    """Make the folder of a new run, or check the one to resume. Raises ``RunFolderError``."""
+    check(folder, resume=resume)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot make the run's folder {folder}: {error}; choose another with --run-dir"
+        ) from error
+
+
+def next_attempt(folder: Path) -> int:
+    """One more than the highest attempt that wrote an event."""
+    return 1 + max((int(row["attempt"]) for row in rows(folder / EVENTS)), default=0)
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line of a file, in the order written; a torn last line is left out. Nothing if there is no file.
+
+    Raises ``RunFolderError`` for a broken line that is not the last.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        torn: str | None = None
+        for number, line in enumerate(file, start=1):
+            if torn is not None:
+                raise RunFolderError(f"{path}: {torn}; the file was changed by something else than a run")
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                torn = f"line {number} is not JSON ({error})"
+                continue
+            yield row
+
+
+def surviving(path: Path) -> list[dict[str, Any]]:
+    """The lines of the history that counts: of each step the highest attempt's, in order of steps.
+
+    A step that a later attempt went back behind without reaching it again is not part of that history.
+    """
+    kept: dict[int, dict[str, Any]] = {}
+    attempt = 0
+    for row in rows(path):
+        step = int(row["step"])
+        if row["attempt"] > attempt:
+            # A new attempt begins here: what earlier ones did from this step on was undone.
+            attempt = row["attempt"]
+            kept = {s: r for s, r in kept.items() if s < step}
+        kept[step] = row
+    return [kept[step] for step in sorted(kept)]
+
+
+def _open_for_append(path: Path) -> TextIO:
+    """Open for appending, without the half line that a crash may have left at the end."""
+    if path.exists():
+        with path.open("r+b") as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+    return path.open("a", encoding="utf-8")
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

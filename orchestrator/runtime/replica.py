@@ -1,0 +1,66 @@
+"""One rank's copy of the model, kept equal to the others by DistributedDataParallel.
+
+DDP expects every rank to run one synchronising backward pass a step. A rank whose run is empty, or whose micro-batch
+ran out of memory, takes part with a loss of zero that touches every parameter, so that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from orchestrator.ports import Collective
+
+_TAKE_PART = object()
+
+
+@final
+class _Participant(nn.Module):
+    """The user's model, which can also be called to take part without data."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is _TAKE_PART:
+            return sum((p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad), torch.zeros(()))
+        return self.model(*args, **kwargs)
+
+
+@final
+class Replica:
+    """``module`` is what the user calls: the model itself on one rank, its DDP wrapper on several."""
+
+    def __init__(
+        self, model: nn.Module, *, collective: Collective, device: torch.device, find_unused_parameters: bool
+    ) -> None:
+        self.model = model.to(device)
+        self._ddp: DistributedDataParallel | None = None
+        if collective.world_size > 1:
+            self._ddp = DistributedDataParallel(
+                _Participant(self.model),
+                device_ids=[device] if device.type == "cuda" else None,
+                find_unused_parameters=find_unused_parameters,
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model if self._ddp is None else self._ddp
+
+    def synchronising(self, last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch's forward and backward; gradients are averaged over the ranks in the last one."""
+        if self._ddp is None or last:
+            return nullcontext()
+        context: AbstractContextManager[None] = self._ddp.no_sync()
+        return context
+
+    def take_part(self) -> None:
+        """Join the step's all-reduce with a gradient of zero."""
+        if self._ddp is not None:
+            loss: Tensor = self._ddp(_TAKE_PART)
+            loss.backward()

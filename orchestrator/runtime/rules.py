@@ -1,0 +1,62 @@
+"""From the user's configuration to the controller's rules, once the size of the data set is known."""
+
+from __future__ import annotations
+
+from orchestrator.config import RunConfig
+from orchestrator.core.controller import Rules
+from orchestrator.core.lr_rules import build_rule
+from orchestrator.core.noise import NoiseSettings
+from orchestrator.core.planner import WorkerLimits
+from orchestrator.core.policies import PolicySettings, build_policy
+from orchestrator.errors import TaskError
+
+
+def total_samples(config: RunConfig, *, dataset_size: int) -> int:
+    """How many samples the run trains on: ``train.samples``, or ``train.epochs`` times the data set."""
+    if config.train.samples is not None:
+        return config.train.samples
+    assert config.train.epochs is not None, "the configuration asks for samples or epochs"
+    return config.train.epochs * dataset_size
+
+
+def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
+    """Raises ``TaskError`` when the data set is smaller than the batch the run begins with."""
+    batch, control = config.batch, config.controller
+    if dataset_size < batch.initial:
+        raise TaskError(
+            f"the training set has {dataset_size} samples and batch.initial is {batch.initial}: a batch never holds "
+            f"a sample twice; set batch.initial to {dataset_size} or less, or bring more data"
+        )
+    act = control.mode == "act"
+    policy = build_policy(
+        PolicySettings(
+            name=control.policy,
+            kappa=control.kappa,
+            ramp=tuple(control.ramp or ()),
+            deadband=control.deadband,
+            cooldown_samples=control.cooldown_samples,
+            max_growth=control.max_growth,
+            floor=min(batch.initial if batch.min is None else batch.min, dataset_size),
+            ceiling=min(batch.max, dataset_size),
+            shrink=control.shrink,
+        )
+    )
+    return Rules(
+        total_samples=total_samples(config, dataset_size=dataset_size),
+        base_batch=batch.initial,
+        micro_batch=batch.micro_batch,
+        act=act,
+        measurable=act and control.policy != "fixed",
+        every_samples=control.every_samples,
+        lag_steps=control.lag_steps,
+        noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),
+        policy=policy,
+        lr_rule=build_rule(config.lr_rule.name, exponent=config.lr_rule.exponent, optimizer_name=config.optimizer.name),
+        workers=WorkerLimits(
+            minimum=config.workers.min,
+            maximum=config.workers.max,
+            micro_batches_each=config.workers.micro_batches_each,
+        ),
+        resize_when=config.workers.when,
+        resize_cost_s=config.workers.resize_cost_s,
+    )

@@ -1,0 +1,95 @@
+"""Trains a task with the public session: what the built-in tasks run is what a user could have written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.config import RunConfig
+from orchestrator.registry import resolve
+from orchestrator.runtime.loader import move
+from orchestrator.runtime.worker import Worker
+from orchestrator.session import Session
+from orchestrator.tasks.protocol import Task, build_task, check_task, collate_of
+
+_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
+    """Run the config's task to its end or to a stop; says whether it reached the end."""
+    torch.set_num_threads(config.workers.threads)
+    task = build_task(config.task.name, config.task.options, seed=config.run.seed)
+    torch.manual_seed(config.run.seed)
+    model = task.model()
+    check_task(task, model)
+    session = Session(
+        config,
+        model=model,
+        optimizer=build_optimizer(config, model),
+        dataset=task.train_set,
+        collate=collate_of(task),
+        worker=worker,
+        resume=resume,
+    )
+    with session:
+        for step in session:
+            for batch in step:
+                session.backward(partial(_loss, task, session.model, batch, config=config, worker=worker))
+            session.step()
+            if session.evaluation_due:
+                session.record_evaluation(evaluate(task, model, config, worker))
+    return session.finished
+
+
+def _loss(task: Task, model: nn.Module, batch: Any, *, config: RunConfig, worker: Worker) -> Tensor:
+    with precision(config, worker):
+        return task.loss(model, batch)
+
+
+def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The config's optimizer over all parameters that take a gradient."""
+    factory = resolve(config.optimizer.name, _OPTIMIZERS, kind="optimizer")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = factory(parameters, **config.optimizer.settings())
+    return optimizer
+
+
+def precision(config: RunConfig, worker: Worker) -> Any:
+    """The autocast context that ``train.precision`` asks for."""
+    if config.train.precision == "bf16":
+        return torch.autocast(worker.device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) -> dict[str, float]:
+    """The task's metrics over its held-out set, each rank taking every so-many-th batch; the same on all ranks."""
+    collate = collate_of(task)
+    sums: dict[str, float] = {}
+    count = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for indices in _chunks(len(task.eval_set), config.batch.micro_batch, worker.rank, worker.world_size):
+            batch = move(collate([task.eval_set[i] for i in indices]), worker.device, non_blocking=True)
+            with precision(config, worker):
+                metrics = task.metrics(model, batch)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
+            count += len(indices)
+    finally:
+        model.train(was_training)
+    # A rank that had no batch does not know the names; rank zero always has one.
+    names = worker.collective.share(sorted(sums))
+    totals = worker.collective.sum([sums.get(name, 0.0) for name in names] + [float(count)])
+    return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}
+
+
+def _chunks(size: int, chunk: int, rank: int, world_size: int) -> Iterator[range]:
+    for first in range(rank * chunk, size, world_size * chunk):
+        yield range(first, min(size, first + chunk))
