@@ -1,0 +1,1 @@
+"""Groundswell under Ray Train; the only room that imports ray."""

@@ -1,0 +1,148 @@
+"""The scaling policy: asks Ray for the workers that training wants, and resizes only when nothing can be lost.
+
+These are Ray Train internals (pinned to the 2.60 line); they are used in this file and in ``trainer``, nowhere else.
+A resize is a handshake: the workers are told to hold; each saves and reports; only when every rank has reported the
+checkpoint of that hold is the worker group changed. Until the workers asked for are there, training goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.controller.state import RestartingState
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.config import ScalingConfig
+
+from orchestrator.config import RunConfig
+from orchestrator.ports import Commands
+from orchestrator.ray_train.host import BrainHost
+
+_CALL_TIMEOUT_S = 30.0
+_HOLD_PATIENCE_S = 600.0
+
+
+class AdaptiveScalingPolicy(ElasticScalingPolicy):
+    """Between ``min`` and ``max`` workers, as many as the controller asks for and the cluster has."""
+
+    def __init__(self, scaling_config: ScalingConfig, config: RunConfig, *, answer_delay_s: float = 0.0) -> None:
+        super().__init__(scaling_config)
+        self._config = config
+        self._answer_delay_s = answer_delay_s
+        self._wanted = config.workers.initial
+        self._host: BrainHost | None = None
+        self._group_start: float | None = None
+        self._hold_to: int | None = None
+        self._hold_began_s = 0.0
+        self._held_ranks: set[int] = set()
+        self._resize_began_s: float | None = None
+        self._notes: list[Mapping[str, Any]] = []
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self._wanted
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._leave_group()
+        self._send_resource_request()
+        possible = self._possible_workers()
+        if possible < self.scaling_config.min_workers:
+            return NoopDecision()
+        return self._get_resize_decision(possible)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        host = self._meet_group(worker_group_state)
+        if host.error is not None:
+            raise host.error
+        self._maybe_send_resource_request()
+        for status in worker_group_status.worker_statuses.values():
+            if status.preemption_info is not None:
+                host.preempted(str(status.preemption_info))
+                break
+        if self._hold_to is not None:
+            return self._finish_hold(host, worker_group_state.num_workers, worker_group_status)
+        wanted = self._clamp(host.wanted_workers)
+        if wanted is not None and wanted != self._wanted:
+            self._wanted = wanted
+            self._send_resource_request()
+        now = worker_group_state.num_workers
+        if not host.begun or now == self._wanted:
+            return NoopDecision()
+        then = self._possible_workers()
+        if then < self.scaling_config.min_workers or then == now or (then < now and self._wanted > now):
+            return NoopDecision()
+        self._hold_to, self._held_ranks, self._hold_began_s = then, set(), time.monotonic()
+        host.hold_failed = False
+        host.command(Commands(hold=f"resize from {now} to {then} workers"))
+        return NoopDecision()
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Remember why a group had to be started again; rank zero of the next one writes it down."""
+        if isinstance(current_state, RestartingState):
+            reason = str(current_state.training_failed_error).strip().splitlines()
+            self._notes.append({"kind": "fault", "reason": " ".join(reason[:3])[:500]})
+            self._resize_began_s = None
+
+    def _finish_hold(self, host: BrainHost, now: int, worker_group_status: Any) -> ScalingDecision:
+        for rank, status in worker_group_status.worker_statuses.items():
+            if status.training_report is not None and "hold" in status.training_report.metrics:
+                self._held_ranks.add(rank)
+        if len(self._held_ranks) == now:
+            # Every rank has reported the same saved checkpoint; the report handler saw them in this very poll.
+            assert self._hold_to is not None, "a hold knows the size it is for"
+            decision = self._get_resize_decision(self._hold_to)
+            reason = f"{now} to {self._hold_to} workers"
+            self._notes.append({"kind": "resize", "reason": reason, "from_workers": now, "to_workers": self._hold_to})
+            self._resize_began_s, self._hold_to = self._hold_began_s, None
+            self._leave_group()
+            return decision
+        patience_over = time.monotonic() - self._hold_began_s > _HOLD_PATIENCE_S
+        if host.hold_failed or (patience_over and not self._held_ranks):
+            self._hold_to = None
+        return NoopDecision()
+
+    def _possible_workers(self) -> int:
+        self._latest_reserved_resources_query_time = float("-inf")  # ask now: a stale count would resize to nothing
+        reserved = self._get_reserved_resources()
+        return 0 if reserved is None else min(self._wanted, self._count_possible_workers(reserved))
+
+    def _clamp(self, wanted: int | None) -> int | None:
+        if wanted is None:
+            return None
+        return max(self.scaling_config.min_workers, min(self.scaling_config.max_workers, wanted))
+
+    def _meet_group(self, state: Any) -> BrainHost:
+        if self._host is None or self._group_start != state.start_time:
+            self._leave_group()
+            self._group_start = state.start_time
+            self._host = BrainHost(
+                self._config,
+                _caller(state.workers[0]),
+                take_resize_cost_s=self._take_resize_cost_s,
+                notes=tuple(self._notes),
+                delay_s=self._answer_delay_s,
+            )
+            self._notes = []
+        return self._host
+
+    def _leave_group(self) -> None:
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+        self._hold_to = None
+
+    def _take_resize_cost_s(self) -> float | None:
+        """Time from the word to hold until the new group is ready to train; ``None`` if no resize led here."""
+        began, self._resize_began_s = self._resize_began_s, None
+        return None if began is None else time.monotonic() - began
+
+
+def _caller(worker: Any) -> Callable[..., Any]:
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        return ray.get(worker.execute_async(function, *args), timeout=_CALL_TIMEOUT_S)
+
+    return call

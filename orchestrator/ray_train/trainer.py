@@ -1,0 +1,91 @@
+"""``TorchTrainer`` with the adaptive scaling policy in the place of Ray's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from orchestrator.config import RunConfig
+from orchestrator.errors import GroundswellError
+from orchestrator.ray_train.policy import AdaptiveScalingPolicy
+from orchestrator.ray_train.worker import run_worker
+from orchestrator.runtime.history import prepare
+
+DEFAULT_TRAIN = "orchestrator.train:train"
+
+
+class AdaptiveTrainer(TorchTrainer):
+    """Trains ``config`` under Ray Train; ``train`` names the function that each worker runs.
+
+    ``train`` is ``module:function``, called as ``function(config, worker, resume=True)`` and importable on the workers.
+    Needs an initialised Ray. Raises ``RunFolderError`` for a run that exists, unless ``resume``.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        train: str = DEFAULT_TRAIN,
+        resume: bool = False,
+        answer_delay_s: float = 0.0,
+        worker_runtime_env: dict[str, Any] | None = None,
+    ) -> None:
+        # Workers run in folders of their own, so the run's must not depend on the current one.
+        folder = Path(config.run.dir).expanduser().resolve()
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+        prepare(config, resume=resume)
+        self._groundswell = config
+        self._answer_delay_s = answer_delay_s
+        workers = config.workers
+        resources = {"CPU": float(workers.cpus_per_worker)}
+        if workers.gpus_per_worker:
+            resources["GPU"] = float(workers.gpus_per_worker)
+        super().__init__(
+            run_worker,
+            train_loop_config={"config": config.model_dump(mode="json"), "train": train},
+            scaling_config=ScalingConfig(
+                num_workers=(workers.min, workers.max),
+                use_gpu=workers.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=RayRunConfig(
+                name=config.run.name,
+                storage_path=str(folder),
+                failure_config=FailureConfig(max_failures=config.recovery.max_failures),
+                # Our store alone deletes; Ray is only told where the checkpoints are.
+                checkpoint_config=CheckpointConfig(num_to_keep=None),
+                worker_runtime_env=worker_runtime_env,
+            ),
+        )
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        kwargs["scaling_policy"] = AdaptiveScalingPolicy(
+            self.scaling_config, self._groundswell, answer_delay_s=self._answer_delay_s
+        )
+        kwargs["failure_policy"] = _FailurePolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**kwargs)
+
+
+class _FailurePolicy(DefaultFailurePolicy):
+    """Ray's, but an error that would come again by itself (a broken task, a loss that is not a number) ends the run."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if own_error(training_failed_error) is not None:
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+def own_error(error: BaseException) -> GroundswellError | None:
+    """The error of ours that made Ray Train fail, if one did."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, GroundswellError):
+                return cause
+            cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
+    return None
