@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import click
 
 from launch.config_commands import config_group
@@ -11,18 +13,31 @@ from launch.plot_command import plot_command
 from launch.run_command import run_command
 
 
+def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    try:
+        version = metadata.version("groundswell")
+    except metadata.PackageNotFoundError:
+        version = "of a checkout that is not installed"
+    click.echo(f"groundswell {version}")
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="groundswell", prog_name="groundswell")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Say it and exit."
+)
 def main() -> None:
-    """Train PyTorch models with a global batch that grows with the measured gradient noise scale."""
+    """Train PyTorch models with a global batch that grows with the measured gradient noise scale.
+
+    Begin with: groundswell run digits
+    """
 
 
-main.add_command(run_command)
-main.add_command(config_group)
-main.add_command(doctor_command)
-main.add_command(ledger_group)
-main.add_command(plot_command)
+for _command in (run_command, config_group, doctor_command, ledger_group, plot_command):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="groundswell")

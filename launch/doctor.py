@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import click
+
+from launch.jobs import quiet_libraries
+from launch.progress import counted
 
 _LEAST_FREE_GB = 2.0
 
@@ -24,26 +29,35 @@ class Finding:
 
 
 @click.command("doctor")
-@click.option("--address", metavar="ADDRESS", help="Also try to reach this Ray cluster.")
+@click.option(
+    "--address", default="local", show_default=True, metavar="ADDRESS", help="Ray cluster to try; local starts one."
+)
+@click.option("--no-ray", is_flag=True, help="Do not try Ray: for runs under torchrun, or in one process.")
 @click.option("--run-dir", default="runs", show_default=True, metavar="DIR", help="Where runs would be kept.")
-def doctor_command(address: str | None, run_dir: str) -> None:
+def doctor_command(address: str, no_ray: bool, run_dir: str) -> None:
     """Check versions, devices, Ray and disk; exit code 1 if something needs mending."""
+    quiet_libraries()
     wrong = 0
-    for finding in examine(address=address, run_dir=Path(run_dir)):
+    for finding in examine(address=None if no_ray else address, run_dir=Path(run_dir)):
         wrong += finding.fix is not None
         click.echo(f"{'ok   ' if finding.fix is None else 'WRONG'} {finding.what}: {finding.seen}")
         if finding.fix is not None:
             click.echo(f"      to mend it: {finding.fix}")
+    click.echo("All is well." if wrong == 0 else f"{counted(wrong, 'thing')} to mend.")
     sys.exit(1 if wrong else 0)
 
 
 def examine(*, address: str | None, run_dir: Path) -> Iterator[Finding]:
+    """One finding after the other, as they are made; Ray is left out where ``address`` is ``None``."""
     yield _python()
     yield from (_version(name, lowest, below) for name, lowest, below in _RANGES)
-    for check in (_devices, _import_ray):
-        yield _guarded(check)
+    yield _guarded("devices", _devices)
     yield _disk(run_dir)
-    if address is not None:
+    if address is None:
+        return
+    importable = _guarded("Ray Train", _import_ray)
+    yield importable
+    if importable.fix is None:
         yield _reach(address)
         if address != "local":
             yield _shared(run_dir)
@@ -81,7 +95,13 @@ def _devices() -> Finding:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Finding(what="devices", seen=", ".join(names))
-    return Finding(what="devices", seen=f"no GPU; the CPU with {torch.get_num_threads()} threads")
+    cpu = f"the CPU with {counted(os.cpu_count() or 1, 'core')}"
+    if shutil.which("nvidia-smi") is not None:
+        seen = f"{cpu}; there is an NVIDIA driver, but torch {torch.__version__} sees no GPU"
+        return Finding(
+            what="devices", seen=seen, fix="see what nvidia-smi says, and install a torch built for its CUDA"
+        )
+    return Finding(what="devices", seen=f"no GPU; {cpu}")
 
 
 def _import_ray() -> Finding:
@@ -92,38 +112,48 @@ def _import_ray() -> Finding:
     return Finding(what="Ray Train", seen=f"{ray.__version__}; the internals that {policy.__name__} uses are there")
 
 
-def _guarded(check: Callable[[], Finding]) -> Finding:
+def _guarded(what: str, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except Exception as error:  # whatever a broken installation raises is the finding
-        fix = "reinstall: pip install --force-reinstall groundswell"
-        return Finding(
-            what=check.__name__.strip("_").replace("_", " "), seen=f"{type(error).__name__}: {error}", fix=fix
-        )
+        fix = "mend what is named WRONG above, else: pip install --force-reinstall groundswell"
+        return Finding(what=what, seen=_told(error), fix=fix)
 
 
 def _disk(run_dir: Path) -> Finding:
-    place = run_dir.resolve()
+    place = run_dir.expanduser().resolve()
     while not place.exists():
         place = place.parent
     free_gb = shutil.disk_usage(place).free / 1e9
-    fix = None if free_gb >= _LEAST_FREE_GB else f"free at least {_LEAST_FREE_GB:g} GB, or choose another --run-dir"
-    return Finding(what="disk", seen=f"{free_gb:.1f} GB free at {place}", fix=fix)
+    seen, fix = f"{free_gb:.1f} GB free at {place}", None
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        seen, fix = f"{place} cannot be written to", "choose another --run-dir, or change its permissions"
+    elif free_gb < _LEAST_FREE_GB:
+        fix = f"free at least {_LEAST_FREE_GB:g} GB, or choose another --run-dir"
+    return Finding(what="disk", seen=seen, fix=fix)
 
 
 def _reach(address: str) -> Finding:
     import ray
 
+    local = address == "local"
     try:
-        ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
+        ray.init(
+            address=address,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level="error",
+        )
         resources = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())
-    except Exception as error:  # any failure to connect is the finding
+    except (Exception, SystemExit) as error:  # any failure to connect is the finding
         fix = "start a head with: ray start --head; or name the right address"
-        return Finding(what="Ray cluster", seen=f"{address}: {type(error).__name__}: {error}", fix=fix)
+        if local:
+            fix = "end what an earlier Ray left behind with: ray stop; see also /tmp/ray; or use --runtime torchrun"
+        return Finding(what="Ray cluster", seen=f"{address}: {_told(error)}", fix=fix)
     finally:
         ray.shutdown()
-    seen = f"{address}: {nodes} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+    seen = f"{address}: {counted(nodes, 'node')}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     return Finding(what="Ray cluster", seen=seen)
 
 
@@ -131,3 +161,8 @@ def _shared(run_dir: Path) -> Finding:
     return Finding(
         what="storage", seen=f"{run_dir.resolve()}; with several nodes it must be on storage that all of them share"
     )
+
+
+def _told(error: BaseException) -> str:
+    """An error in one line; Ray's go on for pages."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")

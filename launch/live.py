@@ -1,13 +1,14 @@
-"""Shows a run while it trains, from its folder alone: a live panel on a terminal, plain lines elsewhere."""
+"""Shows a run while it trains: a live panel on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import json
+import os
 import sys
+import termios
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, final
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,165 +17,154 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.runtime import folder
+from launch.progress import Progress, metrics_text
 
 _REFRESH_S = 0.25
-_PLAIN_EVERY_S = 5.0
+_PLAIN_EVERY_S, _PLAIN_AT_MOST_EVERY_S = 5.0, 60.0
+_QUIET_AFTER_S = 5.0
+_PANEL_LINES = 12  # without what happened
 
 
-@final
-class Tail:
-    """The lines that were added to a file since it was last looked at."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        if self._path.stat().st_size < self._offset:
-            self._offset = 0
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data.rfind(b"\n") + 1
-        self._offset += whole
-        return [json.loads(line) for line in data[:whole].splitlines() if line.strip()]
+def show(
+    progress: Progress,
+    *,
+    going: Callable[[], bool],
+    tick: Callable[[], None] = lambda: None,
+    console: Console | None = None,
+) -> None:
+    """Show a run until ``going`` says no; ``tick`` is called between two looks, and may end it by raising."""
+    console = Console() if console is None else console
+    if console.is_terminal and not console.is_dumb_terminal:
+        _show_panel(progress, console, going=going, tick=tick)
+    else:
+        show_plain(progress, going=going, tick=tick)
 
 
-@final
-class Picture:
-    """The newest numbers of a run."""
-
-    def __init__(self, path: Path, *, since: float) -> None:
-        self._since = since
-        self._metrics, self._evals, self._events = (
-            Tail(path / name) for name in (folder.METRICS, folder.EVALS, folder.EVENTS)
-        )
-        self.total_samples: int | None = None
-        self.now: dict[str, Any] | None = None
-        self.evaluation: dict[str, Any] | None = None
-        self.said: list[dict[str, Any]] = []
-        self._first: tuple[float, int] | None = None
-        self._rate: float | None = None
-
-    def update(self, clock_s: float) -> list[dict[str, Any]]:
-        """Read on; returns the events that are new in this run of the command."""
-        fresh = [event for event in self._events.read() if event["time"] >= self._since]
-        for event in fresh:
-            if event["kind"] in ("started", "resumed"):
-                self.total_samples, self._first = event["total_samples"], None
-        self.said += [event for event in fresh if event["kind"] not in ("plan", "checkpoint")]
-        rows = self._metrics.read()
-        if rows and self.total_samples is not None:
-            self.now = rows[-1]
-            seen = int(self.now["samples_seen"])
-            if self._first is None:
-                self._first = (clock_s, seen)
-            elif clock_s > self._first[0]:
-                self._rate = (seen - self._first[1]) / (clock_s - self._first[0])
-        for row in self._evals.read():
-            self.evaluation = row
-        return fresh
-
-    def time_left_s(self) -> float | None:
-        if self.now is None or not self._rate or self.total_samples is None:
-            return None
-        return (self.total_samples - self.now["samples_seen"]) / self._rate
-
-
-def follow(path: Path, *, while_true: Callable[[], bool], since: float) -> None:
-    """Show the run at ``path`` until ``while_true`` says no; events before the wall time ``since`` are old."""
-    console = Console()
-    picture = Picture(path, since=since)
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=1 / _REFRESH_S, get_renderable=lambda: panel(path.name, picture)):
-            while while_true():
-                picture.update(time.monotonic())
-                time.sleep(_REFRESH_S)
-            picture.update(time.monotonic())
-        return
+def show_plain(progress: Progress, *, going: Callable[[], bool], tick: Callable[[], None] = lambda: None) -> None:
+    """The same in lines: what happens as it happens, and the numbers less and less often."""
     last_s = float("-inf")
+    shown: dict[str, Any] | None = None
     while True:
-        going = while_true()
-        for event in picture.update(time.monotonic()):
-            if event["kind"] not in ("plan", "checkpoint"):
-                _say(describe_event(event))
-        if picture.now is not None and (time.monotonic() - last_s > _PLAIN_EVERY_S or not going):
-            last_s = time.monotonic()
-            _say(plain_line(picture))
-        if not going:
+        on = going()
+        tick()
+        for line in progress.update():
+            say(line)
+        every_s = min(_PLAIN_AT_MOST_EVERY_S, max(_PLAIN_EVERY_S, progress.running_s / 20))
+        due = progress.running_s - last_s >= every_s or not on
+        if due and progress.now is not None and progress.now is not shown and progress.samples_per_s is not None:
+            last_s, shown = progress.running_s, progress.now
+            say(plain_line(progress, progress.now))
+        if not on:
             return
         time.sleep(_REFRESH_S)
 
 
-def plain_line(picture: Picture) -> str:
-    row = picture.now
-    assert row is not None, "there is a row to show"
-    left = _duration(picture.time_left_s())
+def _show_panel(progress: Progress, console: Console, *, going: Callable[[], bool], tick: Callable[[], None]) -> None:
+    with _no_control_echo(), Live(console=console, auto_refresh=False) as live:
+        while True:
+            on = going()
+            tick()
+            progress.update()
+            live.update(panel(progress, events=max(1, min(6, console.height - _PANEL_LINES))), refresh=True)
+            if not on:
+                return
+            time.sleep(_REFRESH_S)
+
+
+@contextmanager
+def _no_control_echo() -> Iterator[None]:
+    """Keep the terminal from writing ``^C`` into the panel, which would push it down by a line."""
+    try:
+        before = termios.tcgetattr(sys.stdin.fileno())
+    except (OSError, ValueError, termios.error):  # nobody types here
+        yield
+        return
+    without = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, without)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)
+
+
+def plain_line(progress: Progress, row: Mapping[str, Any]) -> str:
+    total = progress.total_samples
+    of = "" if total is None else f"/{total:,} ({row['samples_seen'] / total:.0%})"
     return (
-        f"{row['samples_seen']}/{picture.total_samples} samples  loss {row['loss']:.4f}  "
-        f"noise scale {noise_text(row)}  batch {batch_text(row)}  lr {row['lr']:.3g}  "
-        f"{_number(row['samples_per_s'])} samples/s  {left} left"
+        f"{row['samples_seen']:,}{of}  loss {row['loss']:.4f}  noise scale {noise_text(row)}  "
+        f"batch {batch_text(row)}  lr {row['lr']:.3g}  {number(progress.samples_per_s)} samples/s  "
+        f"{duration(progress.time_left_s)} left"
     )
 
 
-def panel(name: str, picture: Picture) -> Panel:
-    row = picture.now
-    if row is None or picture.total_samples is None:
-        return Panel(Text("starting ..."), title=name)
+def panel(progress: Progress, *, events: int) -> Panel:
+    """The numbers of the newest step under a bar, and the last ``events`` things that happened."""
+    row, total = progress.now, progress.total_samples
+    told = [Text(line, style=_style(line), overflow="ellipsis", no_wrap=True) for line in progress.told[-events:]]
+    if row is None or total is None:
+        waited = f"starting: torch, the task and its workers are loaded ... {duration(progress.running_s)}"
+        return Panel(Group(Text(waited), *told), title=progress.name, title_align="left")
+    seen = int(row["samples_seen"])
+    bar = Table.grid(padding=(0, 1), expand=True)
+    bar.add_column(ratio=1)
+    bar.add_column(justify="right", no_wrap=True)
+    left = "done" if seen >= total else f"{duration(progress.time_left_s)} left"
+    bar.add_row(ProgressBar(total=total, completed=seen), f"{seen / total:.0%}, {left}")
     numbers = Table.grid(padding=(0, 2))
-    numbers.add_column(style="dim", justify="right")
-    numbers.add_column()
-    numbers.add_row("samples seen", f"{row['samples_seen']:,} of {picture.total_samples:,} (epoch {row['epoch']:.1f})")
+    numbers.add_column(style="dim", justify="right", no_wrap=True)
+    numbers.add_column(no_wrap=True, overflow="ellipsis")
+    epochs = total / seen * row["epoch"]
+    numbers.add_row("samples seen", f"{seen:,} of {total:,} (epoch {row['epoch']:.1f} of {epochs:.3g})")
     numbers.add_row("loss", f"{row['loss']:.4f}")
-    if picture.evaluation is not None:
-        skip = ("attempt", "step", "samples_seen")
-        numbers.add_row("held out", "  ".join(f"{k} {v:.4g}" for k, v in picture.evaluation.items() if k not in skip))
+    if progress.evaluation is not None:
+        at = progress.evaluation["samples_seen"]
+        numbers.add_row("held out", f"{metrics_text(progress.evaluation)} (at {at:,} samples)")
     numbers.add_row("noise scale", noise_text(row))
-    numbers.add_row("global batch", batch_text(row))
+    numbers.add_row("global batch", f"{batch_text(row)}  (workers x accumulation x micro-batch)")
     numbers.add_row("learning rate", f"{row['lr']:.4g}")
-    numbers.add_row("samples/s", _number(row["samples_per_s"]))
-    numbers.add_row("time left", _duration(picture.time_left_s()))
-    bar = ProgressBar(total=picture.total_samples, completed=row["samples_seen"])
-    events = [
-        Text(describe_event(event), style="dim", overflow="ellipsis", no_wrap=True) for event in picture.said[-4:]
-    ]
-    return Panel(Group(bar, numbers, *events), title=name)
+    pause = f", no step for {duration(progress.quiet_s)}" if progress.quiet_s > _QUIET_AFTER_S else ""
+    numbers.add_row("samples/s", f"{number(progress.samples_per_s)}{pause if seen < total else ''}")
+    return Panel(Group(bar, numbers, *told), title=progress.name, title_align="left")
 
 
-def noise_text(row: dict[str, Any]) -> str:
+def noise_text(row: Mapping[str, Any]) -> str:
     """``310 [250, 402]``; an interval without an upper end is shown as such, an unknown number as its verdict."""
     if row["noise_low"] is None:
-        return str(row["verdict"])
-    high = "no upper end" if row["noise_high"] is None else f"{row['noise_high']:.0f}"
-    middle = "?" if row["noise_scale"] is None else f"{row['noise_scale']:.0f}"
-    return f"{middle} [{row['noise_low']:.0f}, {high}]"
+        return f"not known ({row['verdict']})"
+    if row["noise_scale"] is None:
+        return f"above {number(row['noise_low'])}"
+    high = "no upper end" if row["noise_high"] is None else number(row["noise_high"])
+    return f"{number(row['noise_scale'])} [{number(row['noise_low'])}, {high}]"
 
 
-def batch_text(row: dict[str, Any]) -> str:
-    """Global batch = workers x accumulation x micro-batch, marked ``about`` where the list is uneven."""
+def batch_text(row: Mapping[str, Any]) -> str:
+    """Global batch = workers x accumulation x micro-batch, and what an uneven list leaves out of that."""
     workers, accum, micro = row["world_size"], row["accum_steps"], row["micro_batch"]
-    sign = "=" if workers * accum * micro == row["global_batch"] else "of at most"
-    return f"{row['global_batch']} {sign} {workers} x {accum} x {micro}"
+    less = workers * accum * micro - row["global_batch"]
+    return f"{row['global_batch']} = {workers} x {accum} x {micro}" + (f" - {less}" if less else "")
 
 
-def describe_event(event: dict[str, Any]) -> str:
-    at = "" if event["samples_seen"] is None else f" at {event['samples_seen']} samples"
-    return f"{event['kind'].replace('_', ' ')}{at}: {event['reason']}"
+def number(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.2g}" if abs(value) < 10 else f"{value:,.0f}"
 
 
-def _say(line: str) -> None:
-    print(line, flush=True, file=sys.stdout)
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.0f}"
-
-
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """Print a line; a reader that went away (``| head``, a closed terminal) is no reason to end training."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _style(line: str) -> str:
+    return "yellow" if line.startswith(("fault", "warning", "checkpoint", "plan rejected", "a worker")) else "dim"

@@ -7,22 +7,25 @@ a stop through that folder, which reaches rank zero wherever it is; a second one
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from launch.bundled import find_config
-from launch.live import follow
+from launch.jobs import Interrupts, Job, quiet_libraries
+from launch.live import duration, say, show
+from launch.progress import Progress, counted, metrics_text
+from launch.ray_cluster import add_working_directory
 from orchestrator.config import RunConfig
 from orchestrator.config_file import load_config
 from orchestrator.errors import GroundswellError
 from orchestrator.runtime import folder
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
+_LOCAL_CLUSTER = "local"
 
 
 @click.command("run")
@@ -35,131 +38,153 @@ EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
     show_default=True,
     help="Ray Train, with workers that come and go; torchrun, with workers.initial processes; or this process alone.",
 )
-@click.option("--run-dir", metavar="DIR", help="Keep the run under DIR instead of run.dir.")
+@click.option("--run-dir", metavar="DIR", help="Keep the run in DIR/<run.name> instead of under run.dir.")
 @click.option("--resume", is_flag=True, help="Go on with a run that exists, from its newest whole checkpoint.")
 @click.option(
-    "--address", default="local", show_default=True, metavar="ADDRESS", help="Ray cluster to use; local starts one."
+    "--address",
+    default=_LOCAL_CLUSTER,
+    show_default=True,
+    metavar="ADDRESS",
+    help="Ray cluster to use; local starts one.",
 )
 def run_command(
     config: str, overrides: tuple[str, ...], runtime: str, run_dir: str | None, resume: bool, address: str
 ) -> None:
-    """Train CONFIG: a path, or the name of a bundled config."""
+    """Train CONFIG: a path, or the name of a bundled config (groundswell config list).
+
+    \b
+    Ctrl-C stops after the step at hand, saves, and prints the command that goes on.
+    Exit codes: 0 finished, 130 stopped, 1 failed, 2 refused before it started.
+    """
+    if runtime != "ray" and address != _LOCAL_CLUSTER:
+        raise click.UsageError(f"--address names a Ray cluster, which --runtime {runtime} does not use")
+    add_working_directory()
+    command = ["groundswell", "run", config, *(part for override in overrides for part in ("--set", override))]
+    command += [] if runtime == "ray" else ["--runtime", runtime]
+    command += [] if run_dir is None else ["--run-dir", run_dir]
+    command += [] if address == _LOCAL_CLUSTER else ["--address", address]
     try:
-        settings = load_config(find_config(config), list(overrides) + _run_dir_override(run_dir))
-        again = _again(config, overrides, runtime, run_dir)
-        sys.exit(run(settings, runtime=runtime, resume=resume, address=address, again=again))
+        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)])
+        code = run(settings, runtime=runtime, resume=resume, address=address, command=shlex.join(command))
     except GroundswellError as error:
-        click.echo(str(error), err=True)
-        sys.exit(EXIT_REFUSED)
+        say(str(error), error=True)
+        code = EXIT_REFUSED
+    if code == EXIT_STOPPED:
+        # A training thread may still be inside torch, where an orderly exit of the interpreter crashes.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
-def run(settings: RunConfig, *, runtime: str, resume: bool, address: str, again: str) -> int:
-    """Train ``settings`` and return the exit code; ``again`` is the command that goes on with the run."""
+def run(settings: RunConfig, *, runtime: str, resume: bool, address: str, command: str) -> int:
+    """Train ``settings`` and return the exit code; ``command`` is the one that was typed, without ``--resume``.
+
+    Raises ``RunFolderError`` before anything heavy is imported.
+    """
     path = Path(settings.run.dir) / settings.run.name
     folder.check(path, resume=resume)
-    task = settings.task.name
-    click.echo(f"{settings.run.name}: {task} on {runtime}, results in {path}")
-    started = time.time()
-    job = _Job(_starter(settings, runtime=runtime, resume=resume, address=address))
-    interrupted = False
-    while job.running:
+    if resume and is_finished(settings, path):
+        say(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
+        return 0
+    say(f"{settings.run.name}: task {settings.task.name}, runtime {runtime}, folder {path}")
+    if runtime == "local" and settings.workers.initial > 1:
+        say(f"workers.initial is {settings.workers.initial}; --runtime local trains with this process alone")
+    quiet_libraries()
+    progress = Progress(path)
+    with Interrupts() as interrupts:
+        job = Job(settings, runtime=runtime, resume=resume, address=address, tell=progress.tell)
+        asked = False
+
+        def tick() -> None:
+            nonlocal asked
+            started = progress.start is not None
+            if interrupts.count >= 2 or (interrupts.count == 1 and not started):
+                raise _EndNowError
+            if interrupts.count == 0:
+                return
+            (path / folder.STOP_REQUEST).touch()  # again and again: a recovery on the way begins without it
+            if not asked:
+                asked = True
+                progress.tell("stopping after this step, with a checkpoint (Ctrl-C again to stop at once) ...")
+
         try:
-            follow(path, while_true=lambda: job.running, since=started)
-        except KeyboardInterrupt:
-            if interrupted:
-                click.echo("Stopped at once; what was saved last stays.", err=True)
-                _say_resume(again)
-                job.kill()
-                return EXIT_STOPPED
-            interrupted = True
-            click.echo("\nStopping after this step, with a checkpoint (Ctrl-C again to stop at once) ...", err=True)
-            (path / folder.STOP_REQUEST).touch()
-    return _conclude(path, job, again=again)
+            show(progress, going=lambda: job.running, tick=tick)
+        except _EndNowError:
+            job.kill()
+            say(f"Stopped {'at once' if progress.start is not None else 'before the first step'}.", error=True)
+            _say_resume(path, command)
+            return EXIT_STOPPED
+        except BaseException:
+            job.kill()
+            raise
+    (path / folder.STOP_REQUEST).unlink(missing_ok=True)
+    return _conclude(path, job, progress, command=command)
 
 
-def _conclude(path: Path, job: _Job, *, again: str) -> int:
+class _EndNowError(Exception):
+    pass
+
+
+def _conclude(path: Path, job: Job, progress: Progress, *, command: str) -> int:
     if job.error is not None:
-        click.echo(f"The run failed: {job.error}", err=True)
-        if any((path / "checkpoints").glob("step-*")):
-            _say_resume(again)
+        if isinstance(job.error, GroundswellError) and progress.start is None:
+            raise job.error
+        *trace, why = job.failure.split("\n") if job.failure.startswith("Traceback") else [job.failure]
+        say("\n".join([*trace, f"The run failed: {why}"]), error=True)
+        _say_resume(path, command)
         return EXIT_FAILED
-    kinds = [row["kind"] for row in folder.rows(path / folder.EVENTS)]
-    if "finished" not in kinds[-3:]:
-        _say_resume(again)
+    if progress.ended is None or progress.ended["kind"] != "finished":
+        if progress.ended is not None:
+            say(f"Stopped at {progress.ended['samples_seen']:,} samples, saved in {path}.", error=True)
+        _say_resume(path, command)
         return EXIT_STOPPED
-    click.echo(summary(path))
+    say(summary(path, took_s=progress.running_s))
     return 0
 
 
-def summary(path: Path) -> str:
+def is_finished(settings: RunConfig, path: Path) -> bool:
+    """Whether the run in ``path`` has seen all samples that ``settings`` ask for."""
+    kinds = ("started", "resumed", "finished", "stopped")
+    events = [row for row in folder.rows(path / folder.EVENTS) if row["kind"] in kinds]
+    if not events or events[-1]["kind"] != "finished":
+        return False
+    size = next(int(row["dataset_size"]) for row in events if "dataset_size" in row)
+    train = settings.train
+    total = train.samples if train.samples is not None else round((train.epochs or 0) * size)
+    return int(events[-1]["samples_seen"]) >= total
+
+
+def summary(path: Path, *, took_s: float | None = None) -> str:
     """How a finished run ended, in a few plain lines."""
     steps = folder.surviving(path / folder.METRICS)
     evals = folder.surviving(path / folder.EVALS)
+    if not steps:
+        return "No step was taken."
     first, last = steps[0], steps[-1]
     largest = max(row["global_batch"] for row in steps)
-    lines = [
-        f"Finished: {last['samples_seen']} samples in {len(steps)} steps, "
-        f"batch {first['global_batch']} to {largest}, workers {first['world_size']} to {last['world_size']}."
-    ]
+    workers = counted(first["world_size"], "worker")
+    if last["world_size"] != first["world_size"]:
+        workers = f"{first['world_size']} to {last['world_size']} workers"
+    batch = f"batch {first['global_batch']}" + (f" to {largest}" if largest > first["global_batch"] else "")
+    took = "" if took_s is None else f" in {duration(took_s)}"
+    lines = [f"Finished{took}: {last['samples_seen']:,} samples in {len(steps):,} steps, {batch}, {workers}."]
     if evals:
-        skip = ("attempt", "step", "samples_seen")
-        lines.append("Held out: " + ", ".join(f"{k} {v:.4g}" for k, v in evals[-1].items() if k not in skip))
-    lines.append(f"Curves: tensorboard --logdir {path / 'tensorboard'}; every decision: {path / folder.EVENTS}")
+        lines.append(f"Held out: {metrics_text(evals[-1])}")
+    lines.append(f"Picture:   {shlex.join(['groundswell', 'plot', str(path)])}")
+    lines.append(f"Curves:    {shlex.join(['tensorboard', '--logdir', str(path / 'tensorboard')])}")
+    lines.append(f"Decisions: {path / folder.EVENTS}")
     return "\n".join(lines)
 
 
-class _Job:
-    """Training in a background thread, and what came of it."""
-
-    def __init__(self, start: Callable[[_Job], None]) -> None:
-        self.error: BaseException | None = None
-        self.kill: Callable[[], None] = lambda: None
-        self._thread = threading.Thread(target=self._run, args=(start,), name="training", daemon=True)
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self, start: Callable[[_Job], None]) -> None:
-        try:
-            start(self)
-        except BaseException as error:  # shown by the main thread
-            self.error = error
+def run_dir_override(run_dir: str | None) -> list[str]:
+    """``--run-dir`` as an override of the config; quoted, so that YAML reads any path as text."""
+    return [] if run_dir is None else [f"run.dir={json.dumps(run_dir, ensure_ascii=False)}"]
 
 
-def _starter(settings: RunConfig, *, runtime: str, resume: bool, address: str) -> Callable[[_Job], None]:
-    def local(job: _Job) -> None:
-        from orchestrator.runtime.worker import local_worker
-        from orchestrator.train import train
-
-        train(settings, local_worker(settings), resume=resume)
-
-    def torchrun(job: _Job) -> None:
-        from launch.torchrun import spawn
-
-        spawn(settings, resume=resume, on_start=lambda kill: setattr(job, "kill", kill))
-
-    def ray(job: _Job) -> None:
-        from launch.ray_cluster import fit
-
-        fit(settings, resume=resume, address=address)
-
-    return {"local": local, "torchrun": torchrun, "ray": ray}[runtime]
-
-
-def _run_dir_override(run_dir: str | None) -> list[str]:
-    return [] if run_dir is None else [f"run.dir={json.dumps(run_dir)}"]
-
-
-def _again(config: str, overrides: tuple[str, ...], runtime: str, run_dir: str | None) -> str:
-    parts = ["groundswell run", config, *(f"--set {o}" for o in overrides)]
-    if runtime != "ray":
-        parts.append(f"--runtime {runtime}")
-    if run_dir is not None:
-        parts.append(f"--run-dir {run_dir}")
-    return " ".join([*parts, "--resume"])
-
-
-def _say_resume(command: str) -> None:
-    click.echo(f"To go on from the last checkpoint:\n  {command}", err=True)
+def _say_resume(path: Path, command: str) -> None:
+    if any((path / "checkpoints").glob("step-*")):
+        say(f"To go on from the last checkpoint:\n  {command} --resume", error=True)
+    elif (path / folder.CONFIG).exists():
+        say(f"Nothing was saved yet; to begin again:\n  {command} --resume", error=True)
+    else:
+        say(f"Nothing was saved yet; to begin again:\n  {command}", error=True)

@@ -3,62 +3,105 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import subprocess
 import sys
-import tempfile
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from launch.bundled import find_config
+from launch.jobs import quiet_libraries
+from launch.live import say, show_plain
+from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
+from launch.run_command import EXIT_FAILED, EXIT_REFUSED, run_dir_override, summary
+from launch.spawn import OTHERS, OURS, said_line
 from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config, to_yaml
-from orchestrator.errors import GroundswellError, SessionError
+from orchestrator.config_file import load_config
+from orchestrator.errors import ConfigError, GroundswellError, SessionError
+from orchestrator.runtime import folder
 
 _LAUNCHED_BY = "launched.by"
+_LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|remote process exited")  # as gloo and NCCL say it
 
 
 @click.command()
 @click.argument("config")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key: section.key=value.")
+@click.option("--run-dir", metavar="DIR", help="Keep the run in DIR/<run.name> instead of under run.dir.")
 @click.option("--resume", is_flag=True, help="Go on with a run that exists.")
-def main(config: str, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option("--for-process", type=int, hidden=True, help="Say nothing, and stop when that process is gone.")
+def main(config: str, overrides: tuple[str, ...], run_dir: str | None, resume: bool, for_process: int | None) -> None:
     """Train CONFIG in the processes that torchrun started."""
+    if "RANK" not in os.environ:
+        raise click.UsageError(
+            "torchrun starts this: torchrun --nproc-per-node=2 -m launch.torchrun CONFIG; "
+            "or let groundswell run CONFIG --runtime torchrun do it"
+        )
+    rank = int(os.environ["RANK"])
+    add_working_directory()
+    quiet_libraries()
     try:
-        settings = load_config(find_config(config), list(overrides))
-        _train(settings, resume=resume)
+        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)])
+        _train(settings, rank=rank, resume=resume, for_process=for_process)
+    except ConfigError as error:
+        if rank == 0:  # all ranks read the same
+            _report(rank, OURS, str(error))
+        sys.exit(EXIT_REFUSED)
     except GroundswellError as error:
-        click.echo(f"rank {os.environ['RANK']}: {error}", err=True)
-        sys.exit(1)
+        _report(rank, OURS, str(error))
+        sys.exit(EXIT_FAILED)
+    except Exception as error:
+        lost = _LOST_PEER.search(str(error)) is not None
+        _report(rank, OTHERS, f"lost another worker: {error}" if lost else traceback.format_exc())
+        sys.exit(EXIT_FAILED)
 
 
-def _train(settings: RunConfig, *, resume: bool) -> None:
+def _train(settings: RunConfig, *, rank: int, resume: bool, for_process: int | None) -> None:
     import torch
     import torch.distributed as dist
 
-    from orchestrator.runtime import folder
     from orchestrator.runtime.history import prepare, run_folder
     from orchestrator.runtime.worker import local_worker
     from orchestrator.train import train
 
-    add_working_directory()
     path = run_folder(settings)
-    if os.environ["RANK"] == "0":
+    device = _device(torch.cuda.device_count())
+    if rank == 0:
         _prepare_once(settings, path, prepare, resume=resume)
-    # Whoever ends us gives notice with SIGTERM; the file reaches rank zero, which stops all ranks together.
-    signal.signal(signal.SIGTERM, lambda *_: (path / folder.STOP_REQUEST).touch())
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device is None else "nccl")
+    # Not sooner: until all have met there is nothing to save, and waiting for the others would only be drawn out.
+    signal.signal(signal.SIGTERM, lambda *_: _stop_or_end(path))
+    over = threading.Event()
+    watch = _watch(path, over=over, for_process=for_process) if rank == 0 else None
     try:
         train(settings, replace(local_worker(settings), folder_ready=True), resume=resume)
     finally:
-        dist.destroy_process_group()
+        over.set()
+        if watch is not None:
+            watch.join()
+    # Only after success: a group that lost a member may never end.
+    dist.destroy_process_group()
+
+
+def _device(num_gpus: int) -> int | None:
+    """The GPU of this process, or ``None`` for the CPU."""
+    here, local = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    if 0 < num_gpus < here:
+        raise SessionError(
+            f"{here} processes on a machine with {num_gpus} GPUs: a GPU serves one process; start at most {num_gpus} "
+            "(workers.initial, or --nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    return local if num_gpus else None
 
 
 def _prepare_once(settings: RunConfig, path: Path, prepare: Callable[..., Path], *, resume: bool) -> None:
@@ -73,26 +116,53 @@ def _prepare_once(settings: RunConfig, path: Path, prepare: Callable[..., Path],
     note.write_text(agent)
 
 
-def spawn(config: RunConfig, *, resume: bool, on_start: Callable[[Callable[[], None]], None]) -> None:
-    """Run ``workers.initial`` processes of this entry on this machine, in a process group of their own.
+def _stop_or_end(path: Path) -> None:
+    """Whoever ends us gives notice with SIGTERM: the file reaches rank zero, which stops all ranks together.
 
-    ``on_start`` is given a function that ends them. Raises ``SessionError`` with the last of what they said.
+    Who has been asked already ends now.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={config.workers.initial}", "-m", "launch.torchrun"]
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as said:
-        path = Path(scratch) / f"{config.run.name}.yaml"
-        path.write_text(to_yaml(config), encoding="utf-8")
-        command += [str(path), *(["--resume"] if resume else [])]
-        # A session of its own: Ctrl-C is for the parent, which lets the workers finish their step.
-        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
-        on_start(lambda: os.killpg(process.pid, signal.SIGTERM))
-        code = process.wait()
-        if code != 0:
-            said.seek(0)
-            lines = [line.rstrip() for line in said if line.strip()]
-            own = [line for line in lines if line.startswith("rank ")]
-            raise SessionError(f"torchrun ended with exit code {code}: " + "\n".join(own or lines[-15:]))
+    request = path / folder.STOP_REQUEST
+    if request.exists() and time.time() - request.stat().st_mtime > 0.5:  # younger: another rank's, of the same notice
+        os._exit(128 + signal.SIGTERM)
+    with suppress(OSError):
+        request.touch()
+
+
+def _watch(path: Path, *, over: threading.Event, for_process: int | None) -> threading.Thread:
+    """Show the run in plain lines, or, when another process does, stop once that is gone."""
+
+    def lines() -> None:
+        progress = Progress(path)
+        show_plain(progress, going=lambda: not over.is_set())
+        ended = None if progress.ended is None else progress.ended["kind"]
+        if ended == "finished":
+            say(summary(path, took_s=progress.running_s))
+        elif ended == "stopped":
+            say(f"Stopped and saved in {path}; the same command with --resume goes on.")
+
+    def guard() -> None:
+        while not over.wait(1.0):
+            if for_process is not None and not _lives(for_process):
+                (path / folder.STOP_REQUEST).touch()
+                return
+
+    thread = threading.Thread(target=lines if for_process is None else guard, name="watch", daemon=True)
+    thread.start()
+    return thread
+
+
+def _report(rank: int, mark: str, text: str) -> None:
+    say("\n".join(said_line(rank, mark, line) for line in text.strip().splitlines()), error=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 if __name__ == "__main__":

@@ -166,18 +166,6 @@ Event = GradMeasured | WorkersChanged | PlanRejected | Preempted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Keep:
-    """Go on. ``decided`` tells a decision to hold from a step at which nothing was to be decided.
-
-    ``wish`` is the target batch that ``advise`` mode would have chosen, where that differs.
-    """
-
-    reason: str
-    decided: bool = False
-    wish: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyPlan:
     """Train with ``plan`` from step ``effective_step`` on."""
 
@@ -197,6 +185,20 @@ class RequestWorkers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Go on. A decision to hold names the target it holds; ``None``: nothing was to be decided at this step.
+
+    ``wish`` is the target batch that ``advise`` mode would have chosen, where that differs. ``workers`` is what a
+    decision to hold asks for besides: the batch stays, and more workers may still be worth it.
+    """
+
+    reason: str
+    target_batch: int | None = None
+    wish: int | None = None
+    workers: RequestWorkers | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveCheckpoint:
     """Save now, at the next step boundary."""
 
@@ -208,6 +210,11 @@ class Stop:
     """Training is complete."""
 
     reason: str
+
+
+def decided_batch(action: ApplyPlan | Keep) -> int | None:
+    """The target that ``action`` decided for, or ``None`` when nothing was to be decided."""
+    return action.target.batch if isinstance(action, ApplyPlan) else action.target_batch
 
 
 Action = Keep | ApplyPlan | RequestWorkers | SaveCheckpoint | Stop

@@ -159,8 +159,13 @@ def _measured(state: ControllerState, event: GradMeasured, rules: Rules) -> tupl
     if state.samples_seen >= rules.total_samples:
         return state, Stop(reason=f"all {rules.total_samples} samples seen")
     if is_decision_point(before=before, after=state.samples_seen, every_samples=rules.every_samples):
-        return _decide(state, sample, rules)
-    return _ask_for_workers(state, rules)
+        state, action = _decide(state, sample, rules)
+        if not isinstance(action, Keep):
+            return state, action
+        state, wanted = _ask_for_workers(state, rules)
+        return state, replace(action, workers=wanted)
+    state, wanted = _ask_for_workers(state, rules)
+    return state, wanted or Keep(reason="nothing to decide at this step")
 
 
 def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> ControllerState:
@@ -190,7 +195,7 @@ def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> Contro
 def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[ControllerState, Action]:
     if state.pending is not None:
         wait = f"batch {state.pending.target.batch} takes effect at step {state.pending.effective_step}"
-        return state, Keep(reason=f"keep {state.target.batch}: {wait}", decided=True)
+        return state, Keep(reason=f"keep {state.target.batch}: {wait}", target_batch=state.target.batch)
     stats = noise.stats(state.noise, rules.noise)
     watched = guard.observe(
         state.guard,
@@ -211,9 +216,11 @@ def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[C
         )
     )
     if decision.target_batch == state.target.batch:
-        return state, Keep(reason=decision.reason, decided=True)
+        return state, Keep(reason=decision.reason, target_batch=state.target.batch)
     if not rules.act:
-        return state, Keep(reason=f"advise only: {decision.reason}", decided=True, wish=decision.target_batch)
+        return state, Keep(
+            reason=f"advise only: {decision.reason}", target_batch=state.target.batch, wish=decision.target_batch
+        )
     # An estimate without an upper end is no ground for a learning rate either; the last good one stays.
     known = stats.noise_scale if stats.bounded else state.target.noise_scale
     target = Target(batch=decision.target_batch, noise_scale=known)
@@ -222,20 +229,19 @@ def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[C
     return state, _apply(state, target, rules, step=step, reason=decision.reason)
 
 
-def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerState, Action]:
-    keep = Keep(reason="nothing to decide at this step")
+def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerState, RequestWorkers | None]:
     if rules.resize_when == "never" or state.pending is not None:
-        return state, keep
+        return state, None
     plan = plan_for(state, state.target, rules)
     # The configured micro-batch, not the plan's: a small batch that was cut only to be measured needs no more workers.
     wanted = useful_workers(state.target.batch, micro_batch=_micro_batch(state, rules), limits=rules.workers)
     asked = state.world_size if state.requested_workers is None else state.requested_workers
     if wanted == asked:
-        return state, keep
+        return state, None
     if wanted < asked:
         # Giving workers back saves no time, so it waits until some would have nothing to do.
         if plan.num_micro_batches >= asked:
-            return state, keep
+            return state, None
         reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches, too few for {asked} workers"
         return replace(state, requested_workers=wanted), RequestWorkers(num_workers=wanted, reason=reason)
     then = -(-plan.num_micro_batches // wanted)
@@ -250,7 +256,7 @@ def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerSt
             accum_then=then,
         )
         if saving is None or saving <= cost:
-            return state, keep
+            return state, None
         reason += f", saving about {saving:.1f} s for a resize of about {cost:.1f} s"
     return replace(state, requested_workers=wanted), RequestWorkers(num_workers=wanted, reason=reason)
 

@@ -27,6 +27,8 @@ class PolicyInputs:
 
 Policy = Callable[[PolicyInputs], Decision]
 
+_LARGEST = 1 << 62
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySettings:
@@ -39,7 +41,7 @@ class PolicySettings:
     cooldown_samples: int = 0
     max_growth: float = 2.0  # ratio, per decision
     floor: int = 1
-    ceiling: int = 1 << 62
+    ceiling: int = _LARGEST
     shrink: bool = False
 
 
@@ -79,7 +81,7 @@ def noise_scale(settings: PolicySettings) -> Policy:
         seen = f"noise scale {stats.noise_scale:.4g} [{stats.low:.4g}, {stats.high:.4g}]"
         if kappa != 1:
             seen += f" x {kappa:g}"
-        wish = max(1, round(kappa * stats.noise_scale))
+        wish = max(1, _whole(kappa * stats.noise_scale))
         if wish > inputs.batch and kappa * stats.low <= inputs.batch:
             return _keep(inputs, f"{seen} is not surely above the batch")
         if wish < inputs.batch and kappa * stats.high >= inputs.batch:
@@ -125,7 +127,7 @@ def with_credit(inner: Policy, *, kappa: float) -> Policy:
         wish = inner(inputs)
         if inputs.credit is None or wish.target_batch <= inputs.batch:
             return wish
-        most = max(inputs.batch, round(kappa * inputs.credit))
+        most = max(inputs.batch, _whole(kappa * inputs.credit))
         if wish.target_batch <= most:
             return wish
         why = f"only {inputs.credit:.4g} of it is credited, the rest rose with the batch and without progress"
@@ -172,8 +174,8 @@ def with_limits(inner: Policy, *, floor: int, ceiling: int) -> Policy:
         size = max(floor, min(ceiling, wish.target_batch))
         if size == wish.target_batch:
             return wish
-        limit = "floor" if size == floor else "ceiling"
-        return Decision(target_batch=size, reason=f"{wish.reason}; the {limit} is {size}")
+        why = f"{wish.reason}; the {'floor' if size == floor else 'ceiling'} is {size}"
+        return _keep(inputs, why) if size == inputs.batch else Decision(target_batch=size, reason=why)
 
     return propose
 
@@ -203,6 +205,11 @@ def with_cooldown(inner: Policy, *, cooldown_samples: int) -> Policy:
         return _keep(inputs, f"{wish.reason}; {since} of {cooldown_samples} samples of cooldown since the last change")
 
     return propose
+
+
+def _whole(samples: float) -> int:
+    """The nearest count of samples; what is beyond any batch, infinity included, is as good as the largest."""
+    return round(min(samples, float(_LARGEST)))
 
 
 def _keep(inputs: PolicyInputs, why: str) -> Decision:

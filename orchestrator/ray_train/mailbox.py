@@ -19,6 +19,7 @@ from orchestrator.ports import BrainRecord, Commands, Welcome
 from orchestrator.types import Action, Event, GradMeasured
 
 _CAPACITY = 4096  # events; far more than fit between two decisions, so only a dead controller fills it
+_ANSWERS_KEPT = 1024
 _PATIENCE_S = 300.0
 
 
@@ -113,7 +114,7 @@ class Mailbox:
     def answer(self, step: int) -> Action:
         with self._changed:
             self._wait(lambda: step in self._answers, f"the decision of step {step}")
-            return self._answers.pop(step)
+            return self._answers[step]
 
     def replan(self, event: Event) -> Welcome:
         with self._changed:
@@ -157,6 +158,9 @@ class Mailbox:
             return
         if isinstance(delivery, Answered):
             self._answers[delivery.step] = delivery.action
+            # A checkpoint asks for answers before they are due, so they stay; the oldest were all used long ago.
+            while len(self._answers) > _ANSWERS_KEPT:
+                del self._answers[next(iter(self._answers))]
         else:
             self._welcomes.append(delivery.welcome)
         self._state = delivery.state

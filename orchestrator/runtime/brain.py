@@ -106,12 +106,12 @@ class LocalBrain:
             case ApplyPlan():
                 self._answers[step] = action
             case Keep():
-                if action.decided:
+                if action.target_batch is not None:
                     self._answers[step] = action
+                if action.workers is not None:
+                    self._ask(action.workers)
             case RequestWorkers():
-                self._notes.append(
-                    {"kind": "workers_wanted", "num_workers": action.num_workers, "reason": action.reason}
-                )
+                self._ask(action)
             case SaveCheckpoint():
                 self._save = action.reason
             case Stop():
@@ -146,6 +146,9 @@ class LocalBrain:
 
     def record(self) -> BrainRecord:
         return BrainRecord(state=encode_state(self.state))
+
+    def _ask(self, wanted: RequestWorkers) -> None:
+        self._notes.append({"kind": "workers_wanted", "num_workers": wanted.num_workers, "reason": wanted.reason})
 
     def _take(self, event: Event) -> Action:
         if isinstance(event, GradMeasured) and event.sample.step <= self.state.step:

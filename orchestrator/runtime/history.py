@@ -31,7 +31,17 @@ from orchestrator.runtime.folder import RunWriter
 from orchestrator.runtime.rng import restore_rng, save_rng
 from orchestrator.runtime.scalars import ScalarBoard
 from orchestrator.runtime.worker import Worker
-from orchestrator.types import ApplyPlan, BatchPlan, Event, GradMeasured, GradSample, Keep, NoiseStats
+from orchestrator.types import (
+    Action,
+    ApplyPlan,
+    BatchPlan,
+    Event,
+    GradMeasured,
+    GradSample,
+    Keep,
+    NoiseStats,
+    decided_batch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +86,8 @@ class History:
         self._board: ScalarBoard | None = None
         self._saved_step: int | None = None
         self._dataset_size = 0
-        # What rank zero saw at the steps whose decisions are on their way: samples seen, batch, noise.
-        self._decided_from: dict[int, tuple[int, int, NoiseStats]] = {}
+        # What rank zero saw at the steps whose decisions are on their way.
+        self._decided_from: dict[int, tuple[int, NoiseStats]] = {}
 
     def begin(self, *, resume: bool, dataset_size: int) -> Resumed:
         """Collective. Open the folder, load the newest whole checkpoint if there is one, and meet the controller."""
@@ -131,11 +141,8 @@ class History:
         plan = None
         if decided_at is not None:
             action = self._brain.answer(decided_at)
-            if isinstance(action, ApplyPlan):
-                plan = action
-                self._decision(decided_at, action.reason, target=action.target.batch, plan=action)
-            elif isinstance(action, Keep):
-                self._decision(decided_at, action.reason, target=None, wish=action.wish)
+            self._decision(decided_at, action)
+            plan = action if isinstance(action, ApplyPlan) else None
         requested = (self._folder / folder.STOP_REQUEST).exists()
         return replace(
             said,
@@ -157,7 +164,7 @@ class History:
         self._noise = noise.absorb(self._noise, sample, self._rules.noise)
         stats = self._fresh_stats(sample, decides=decides)
         if decides:
-            self._decided_from[sample.step] = (sample.samples_seen, plan.batch, stats)
+            self._decided_from[sample.step] = (sample.samples_seen, stats)
         row = {
             "step": sample.step,
             "samples_seen": sample.samples_seen,
@@ -182,13 +189,13 @@ class History:
             self._board.add(row, now=self._worker.now())
 
     def _fresh_stats(self, sample: GradSample, *, decides: bool) -> NoiseStats:
-        """The noise statistics for this step's line: new at every decision and sixteen times in between.
+        """The noise statistics for this step's line: new at every decision and four times in between.
 
         They take longer than the rest of a short step's bookkeeping, and move slowly. The clock is samples, not time,
         so that the same run writes the same lines.
         """
         before, after = sample.samples_seen - sample.batch, sample.samples_seen
-        every = max(1, self._rules.every_samples // 16)
+        every = max(1, self._rules.every_samples // 4)
         if decides or self._stats is None or is_decision_point(before=before, after=after, every_samples=every):
             self._stats = noise.stats(self._noise, self._rules.noise)
         return self._stats
@@ -237,6 +244,9 @@ class History:
         began = time.perf_counter()
         meta: dict[str, Any] = {}
         if self._worker.rank == 0:
+            # Decisions that are not due yet are part of what the checkpoint knows, so they are written down with it.
+            for decided_at in sorted(self._decided_from):
+                self._decision(decided_at, self._brain.answer(decided_at))
             record = self._brain.record()
             meta = {
                 "step": step,
@@ -300,28 +310,24 @@ class History:
         if self._writer is not None:
             self._writer.append(name, row)
 
-    def _decision(
-        self,
-        step: int,
-        reason: str,
-        *,
-        target: int | None,
-        wish: int | None = None,
-        plan: ApplyPlan | None = None,
-    ) -> None:
-        at, batch, stats = self._decided_from.pop(step)
+    def _decision(self, step: int, action: Action) -> None:
+        """Write down the decision of ``step``, unless a checkpoint did so before it was due."""
+        if step not in self._decided_from:
+            return
+        at, stats = self._decided_from.pop(step)
+        assert isinstance(action, (ApplyPlan, Keep)), f"{action} answers no decision"
         evidence: dict[str, Any] = {
-            "target_batch": batch if target is None else target,
+            "target_batch": decided_batch(action),
             "noise_scale": stats.noise_scale,
             "noise_low": stats.low,
             "noise_high": stats.high,
             "verdict": stats.verdict.value,
         }
-        if wish is not None:
-            evidence["wished_batch"] = wish
-        if plan is not None:
-            evidence |= {"effective_step": plan.effective_step, "lr_factor": plan.lr_factor}
-        self.event("decision", reason=reason, step=step, samples_seen=at, **evidence)
+        if isinstance(action, ApplyPlan):
+            evidence |= {"effective_step": action.effective_step, "lr_factor": action.lr_factor}
+        elif action.wish is not None:
+            evidence["wished_batch"] = action.wish
+        self.event("decision", reason=action.reason, step=step, samples_seen=at, **evidence)
 
     def _announce_start(self, welcome: Welcome, path: Path | None, *, step: int, samples_seen: int) -> None:
         self._board = ScalarBoard(self._folder / "tensorboard")

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 
 from orchestrator.core.cursor import mix
 from orchestrator.errors import GroundswellError, TaskError
@@ -43,7 +43,7 @@ class PositionLoader:
 
     With ``seed_each_sample``, torch's CPU generator, ``random`` and ``numpy.random`` are seeded from (``seed``,
     position) before ``dataset[index]``, and left as found: augmentation draws the same on any rank. Generators that
-    the data set owns, and those of a GPU, are its own affair. Without it, ``dataset.__getitems__`` is used if there.
+    the data set owns, and those of a GPU, are its own affair. Stored tensors and lists are not worth seeding for. Without it, ``dataset.__getitems__`` is used if there.
 
     ``pin_memory`` does nothing where there is no CUDA device.
     """
@@ -67,8 +67,10 @@ class PositionLoader:
         self._index_of = index_of
         self._collate = default_collate if collate is None else collate
         self._pin = pin_memory and torch.cuda.is_available()
-        self._seeded = seed_each_sample
-        self._reader = _Reader(dataset, key=mix(seed, _SAMPLE_DRAWS) if seed_each_sample else None)
+        self._seeded = seed_each_sample and not _draws_nothing(dataset)
+        self._reader = _Reader(dataset, key=mix(seed, _SAMPLE_DRAWS) if self._seeded else None)
+        plain = type(dataset) is TensorDataset and self._collate is default_collate and not loader_workers
+        self._stored = dataset.tensors if plain else None
         self._ahead: _ReadAhead | None = None
         if loader_workers:
             self._ahead = _ReadAhead(
@@ -92,6 +94,11 @@ class PositionLoader:
         """
         if size < 1:
             raise ValueError(f"a micro-batch has at least one sample, got size={size} at position {first_position}")
+        if self._stored is not None:
+            # What stacking the samples one by one would give, in one read.
+            rows = torch.from_numpy(self._index_of(np.arange(first_position, first_position + size)))
+            batch = [tensor[rows] for tensor in self._stored]
+            return _through(batch, "pin_memory") if self._pin else batch
         positions = list(range(first_position, first_position + size))
         samples = self._read(positions) if self._ahead is None else self._ahead.take(positions)
         for sample in samples:
@@ -116,6 +123,14 @@ class PositionLoader:
     def _read(self, positions: list[int]) -> list[Any]:
         with _generators_kept() if self._seeded else nullcontext():
             return self._reader.read(positions, _indices(self._index_of, positions))
+
+
+def _draws_nothing(dataset: Any) -> bool:
+    """Whether reading ``dataset`` surely draws no random numbers, so that seeding would only cost time."""
+    if type(dataset) in (Subset, ConcatDataset):
+        parts = [dataset.dataset] if type(dataset) is Subset else dataset.datasets
+        return all(_draws_nothing(part) for part in parts)
+    return type(dataset) in (TensorDataset, list, tuple)
 
 
 def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:

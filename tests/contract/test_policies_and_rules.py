@@ -15,10 +15,10 @@ FLOOR, CEILING = 8, 4096
 RAMP = ((0, 8), (500, 64), (10**6, 4096))
 
 batches = st.integers(FLOOR, CEILING)
-scales = st.floats(1e-12, 1e150)
+scales = st.floats(1e-300, 1.7e308)
 counts = st.integers(0, 10**12)
-noise_scales = st.none() | st.floats(0, 1e150)
-ratios = st.floats(1e-9, 1e9)
+noise_scales = st.none() | st.floats(0, 1.7e308)
+ratios = st.floats(1e-300, 1e300)
 
 
 @st.composite
@@ -48,10 +48,10 @@ def rule(name: str):
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-@given(situation=situations(), shrink=st.booleans())
-def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation, shrink) -> None:
-    decision = policy(name, shrink=shrink)(situation)
-    assert decision == policy(name, shrink=shrink)(situation)
+@given(situation=situations(), shrink=st.booleans(), kappa=st.sampled_from([1e-300, 0.5, 1.0, 1e300]))
+def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation, shrink, kappa) -> None:
+    decision = policy(name, shrink=shrink, kappa=kappa)(situation)
+    assert decision == policy(name, shrink=shrink, kappa=kappa)(situation)
     assert type(decision.target_batch) is int
     assert FLOOR <= decision.target_batch <= CEILING
     assert decision.reason.strip()
@@ -71,6 +71,17 @@ def test_growth_is_at_most_the_cap_and_is_paid_by_the_credit(name, situation) ->
     assert grown <= 2 * situation.batch
     if situation.credit is not None:
         assert grown <= max(situation.batch, round(situation.credit))
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "schedule"])
+@given(batch=batches, many=st.lists(st.floats(1e-9, 1e12), min_size=2, max_size=9), width=st.floats(1, 100), shrink=...)
+def test_a_larger_noise_scale_never_asks_for_a_smaller_batch(name, batch, many, width, shrink: bool) -> None:
+    def target(scale: float) -> int:
+        stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=scale, low=scale / width, high=scale * width)
+        return policy(name, shrink=shrink)(PolicyInputs(stats=stats, batch=batch, samples_seen=10**9)).target_batch
+
+    targets = [target(scale) for scale in sorted(many)]
+    assert targets == sorted(targets)
 
 
 @pytest.mark.parametrize("name", list(LR_RULES))

@@ -17,7 +17,7 @@ def test_rules_of_the_ratio_alone(name, exponent, expected) -> None:
     assert rule(4.0, noise_scale=None, base_batch=8) == pytest.approx(expected, rel=1e-15)
 
 
-@pytest.mark.parametrize(("exponent", "expected"), [(None, 5.5), (0.5, 5.5**0.5)])
+@pytest.mark.parametrize(("exponent", "expected"), [(None, 5.5), (0.5, 2.345207879911715)])
 def test_noise_scale_rule_at_a_noise_scale_of_1000_from_100_to_1000(exponent, expected) -> None:
     rule = build_rule("noise_scale", exponent=exponent)
     assert rule(10.0, noise_scale=1000.0, base_batch=100) == pytest.approx(expected, rel=1e-14)
@@ -30,6 +30,10 @@ def test_noise_scale_rule_is_the_gain_of_adascale(ratio, variance, signal, base_
     rule = build_rule("noise_scale")
     found = rule(ratio, noise_scale=variance * base_batch / signal, base_batch=base_batch)
     assert found == pytest.approx(gain, rel=1e-9)
+
+
+def test_adascales_gain_at_equal_signal_and_variance_is_one_and_a_half_for_three_times_the_batch() -> None:
+    assert build_rule("noise_scale")(3.0, noise_scale=64.0, base_batch=64) == pytest.approx(1.5, rel=1e-15)
 
 
 def test_noise_scale_rule_goes_from_constant_to_linear() -> None:

@@ -141,7 +141,9 @@ def test_settings_refuse_nonsense_by_name(change, said) -> None:
 # --- memory --------------------------------------------------------------------------------------------------------
 
 steps_of_training = st.lists(
-    st.tuples(st.integers(1, 300), st.integers(0, 2000), st.just(0.0) | st.floats(1e-6, 50), st.floats(-5, 5)), min_size=1, max_size=300
+    st.tuples(st.integers(1, 300), st.integers(0, 2000), st.just(0.0) | st.floats(1e-6, 50), st.floats(-5, 5)),
+    min_size=1,
+    max_size=300,
 )
 
 

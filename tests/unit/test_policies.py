@@ -120,6 +120,11 @@ def test_limits_hold(wish, expected) -> None:
     assert target(with_limits(wishes(wish), floor=16, ceiling=128)) == expected
 
 
+def test_at_a_limit_the_reason_says_that_the_batch_is_kept() -> None:
+    decision = with_limits(wishes(500), floor=16, ceiling=64)(inputs(SILENT))
+    assert decision == Decision(target_batch=64, reason="keep 64: wished; the ceiling is 64")
+
+
 def test_limits_that_cross_are_refused() -> None:
     with pytest.raises(ValueError, match="floor"):
         with_limits(wishes(1), floor=129, ceiling=128)

@@ -1,0 +1,72 @@
+"""Recomputes from a run's folder what the controller decided: the record is enough, and the decisions follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config_file import load_config
+from orchestrator.core import codec, controller
+from orchestrator.errors import RunFolderError
+from orchestrator.runtime import folder
+from orchestrator.runtime.brain import STATE_TYPES
+from orchestrator.runtime.rules import rules_from
+from orchestrator.types import ApplyPlan, GradMeasured, GradSample, Keep, WorkersChanged, decided_batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """One decision: when, what, and why."""
+
+    samples_seen: int
+    target_batch: int
+    reason: str
+
+
+def recorded(run: Path) -> list[Decided]:
+    """The decisions that the run wrote down, those of discarded steps left out."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in folder.rows(run / folder.EVENTS):
+        if row["kind"] == "resumed":
+            by_step = {step: old for step, old in by_step.items() if step < row["step"]}
+        elif row["kind"] == "decision":
+            by_step[row["step"]] = row
+    return [
+        Decided(samples_seen=row["samples_seen"], target_batch=row["target_batch"], reason=row["reason"])
+        for row in by_step.values()
+    ]
+
+
+def recomputed(run: Path) -> list[Decided]:
+    """The decisions that ``advance`` takes on the run's surviving measurements. Raises ``RunFolderError``."""
+    started = next((row for row in folder.rows(run / folder.EVENTS) if row["kind"] == "started"), None)
+    if started is None:
+        raise RunFolderError(f"{run / folder.EVENTS} does not say how the run started; it is not a whole run")
+    rules = rules_from(load_config(run / folder.CONFIG), dataset_size=started["dataset_size"])
+    state = controller.init(rules, world_size=started["world_size"])
+    causes = [row for row in folder.rows(run / folder.EVENTS) if row["kind"] == "plan_rejected"]
+    decided = []
+    for row in folder.surviving(run / folder.METRICS):
+        if row["world_size"] != state.world_size:
+            state, _ = controller.advance(state, WorkersChanged(world_size=row["world_size"]), rules)
+        while causes and causes[0]["step"] <= row["step"]:
+            state, _ = controller.advance(state, codec.decode(causes.pop(0)["cause"], STATE_TYPES), rules)
+        state, action = controller.advance(state, _measured(row), rules)
+        if isinstance(action, (ApplyPlan, Keep)) and (target := decided_batch(action)) is not None:
+            decided.append(Decided(samples_seen=row["samples_seen"], target_batch=target, reason=action.reason))
+    return decided
+
+
+def _measured(row: dict[str, Any]) -> GradMeasured:
+    sample = GradSample(
+        step=row["step"],
+        samples_seen=row["samples_seen"],
+        batch=row["global_batch"],
+        micro_batches=-(-row["global_batch"] // row["micro_batch"]),
+        loss=row["loss"],
+        lr=row["lr"],
+        grad_sq=row["grad_sq"],
+        trace_cov=row["trace_cov"],
+    )
+    return GradMeasured(sample=sample, step_time_s=row["step_time_s"])

@@ -1,0 +1,89 @@
+"""Promise 3 under Ray Train: growth, shrink, a graceful resize and SIGKILL lose and repeat nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.runtime import folder
+from orchestrator.runtime.ledger import verify
+from orchestrator.runtime.replay import recomputed, recorded
+from tests.support import config
+
+EPOCH, EPOCHS = 400, 3
+
+
+def settings(tmp_path: Path, *, slow_save_s: float) -> Any:
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    return config(
+        tmp_path,
+        task={
+            "name": "tests.ray.tasks:slow",
+            "options": {"size": EPOCH, "step_s": 0.06, "pids": str(pids), "slow_save_s": slow_save_s},
+        },
+        train={"samples": None, "epochs": EPOCHS},
+        batch={"initial": 8, "micro_batch": 4, "min": 8, "max": 64},
+        controller={
+            "policy": "schedule",
+            "ramp": [[100, 32], [540, 16], [800, 48]],
+            "every_samples": 20,
+            "shrink": True,
+        },
+        workers={"initial": 1, "max": 2, "micro_batches_each": 4, "when": "always"},
+        checkpoint={"every_samples": 150, "keep": 2},
+        ledger=True,
+    )
+
+
+def kill_at(run: Path, pids: Path, *, samples: int, rank: int, world_size: int) -> threading.Thread:
+    """SIGKILL the worker of ``rank`` once ``samples`` were seen by ``world_size`` workers."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            rows = list(folder.rows(run / folder.METRICS))
+            if rows and rows[-1]["samples_seen"] >= samples and rows[-1]["world_size"] == world_size:
+                os.kill(int((pids / str(rank)).read_text()), signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(("slow_save_s", "kill_rank"), [(0.0, 0), (2.0, 1)])
+def test_every_position_is_used_once_through_resize_and_sigkill(
+    cluster: None, tmp_path: Path, slow_save_s: float, kill_rank: int
+) -> None:
+    from orchestrator.ray_train.trainer import AdaptiveTrainer
+
+    run = tmp_path / "run"
+    # The decision of 540 samples is taken after the checkpoint of 450 and before that of 600.
+    killer = kill_at(run, tmp_path / "pids", samples=560, rank=kill_rank, world_size=2)
+    AdaptiveTrainer(settings(tmp_path, slow_save_s=slow_save_s)).fit()
+    killer.join()
+
+    events = list(folder.rows(run / folder.EVENTS))
+    kinds = [event["kind"] for event in events]
+    assert "resize" in kinds
+    assert "fault" in kinds
+    resumed = [event for event in events if event["kind"] == "resumed"]
+    after_kill = next(event for event in resumed if event["attempt"] == max(e["attempt"] for e in resumed))
+    assert after_kill["samples_seen"] < 560
+    report = verify(run)
+    print(report.text)
+    assert report.violation is None
+    assert report.samples == EPOCH * EPOCHS
+    batches = {row["global_batch"] for row in folder.surviving(run / folder.METRICS)}
+    assert {8, 32, 16, 48} <= batches
+    assert recomputed(run) == recorded(run)
