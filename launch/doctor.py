@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from launch.jobs import quiet_libraries
 from launch.progress import counted
 
 _LEAST_FREE_GB = 2.0
+_CONNECT_PATIENCE_S = 3.0
+_START_OR_NAME = "start a head with: ray start --head; or name the address that it printed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,18 @@ def examine(*, address: str | None, run_dir: Path) -> Iterator[Finding]:
         yield _reach(address)
         if address != "local":
             yield _shared(run_dir)
+
+
+def unreachable(address: str) -> str | None:
+    """Why nobody answers at a Ray address that names a host and a port; Ray itself would try for many minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE_S).close()
+    except (OSError, OverflowError) as error:
+        return f"nobody answers at {address} ({error})"
+    return None
 
 
 _RANGES = (
@@ -137,6 +152,9 @@ def _reach(address: str) -> Finding:
     import ray
 
     local = address == "local"
+    silence = unreachable(address)
+    if silence is not None:
+        return Finding(what="Ray cluster", seen=silence, fix=_START_OR_NAME)
     try:
         ray.init(
             address=address,
@@ -147,7 +165,7 @@ def _reach(address: str) -> Finding:
         resources = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())
     except (Exception, SystemExit) as error:  # any failure to connect is the finding
-        fix = "start a head with: ray start --head; or name the right address"
+        fix = _START_OR_NAME
         if local:
             fix = "end what an earlier Ray left behind with: ray stop; see also /tmp/ray; or use --runtime torchrun"
         return Finding(what="Ray cluster", seen=f"{address}: {_told(error)}", fix=fix)

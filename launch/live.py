@@ -46,9 +46,9 @@ def show_plain(progress: Progress, *, going: Callable[[], bool], tick: Callable[
     shown: dict[str, Any] | None = None
     while True:
         on = going()
-        tick()
         for line in progress.update():
             say(line)
+        tick()
         every_s = min(_PLAIN_AT_MOST_EVERY_S, max(_PLAIN_EVERY_S, progress.running_s / 20))
         due = progress.running_s - last_s >= every_s or not on
         if due and progress.now is not None and progress.now is not shown and progress.samples_per_s is not None:
@@ -63,8 +63,8 @@ def _show_panel(progress: Progress, console: Console, *, going: Callable[[], boo
     with _no_control_echo(), Live(console=console, auto_refresh=False) as live:
         while True:
             on = going()
-            tick()
             progress.update()
+            tick()
             live.update(panel(progress, events=max(1, min(6, console.height - _PANEL_LINES))), refresh=True)
             if not on:
                 return
@@ -102,8 +102,10 @@ def panel(progress: Progress, *, events: int) -> Panel:
     row, total = progress.now, progress.total_samples
     told = [Text(line, style=_style(line), overflow="ellipsis", no_wrap=True) for line in progress.told[-events:]]
     if row is None or total is None:
-        waited = f"starting: torch, the task and its workers are loaded ... {duration(progress.running_s)}"
-        return Panel(Group(Text(waited), *told), title=progress.name, title_align="left")
+        waited = f"starting ... {duration(progress.running_s)} (torch, the task and its workers are loaded)"
+        return Panel(
+            Group(Text(waited, overflow="ellipsis", no_wrap=True), *told), title=progress.name, title_align="left"
+        )
     seen = int(row["samples_seen"])
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(ratio=1)

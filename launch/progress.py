@@ -34,7 +34,7 @@ class Tail:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 data = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         whole = data.rfind(b"\n") + 1
         self._offset += whole
@@ -157,7 +157,8 @@ class Progress:
 
 
 def metrics_text(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in _NOT_METRICS)
+    shown = {name: value for name, value in row.items() if name not in _NOT_METRICS}
+    return ", ".join(f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in shown.items())
 
 
 def counted(count: int, thing: str) -> str:

@@ -10,11 +10,13 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from launch.bundled import find_config
+from launch.doctor import unreachable
 from launch.jobs import Interrupts, Job, quiet_libraries
 from launch.live import duration, say, show
 from launch.progress import Progress, counted, metrics_text
@@ -86,6 +88,10 @@ def run(settings: RunConfig, *, runtime: str, resume: bool, address: str, comman
     if resume and is_finished(settings, path):
         say(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
         return 0
+    silence = unreachable(address)
+    if silence is not None:
+        say(f"{silence}; start a head with ray start --head, or name its address", error=True)
+        return EXIT_REFUSED
     say(f"{settings.run.name}: task {settings.task.name}, runtime {runtime}, folder {path}")
     if runtime == "local" and settings.workers.initial > 1:
         say(f"workers.initial is {settings.workers.initial}; --runtime local trains with this process alone")
@@ -117,7 +123,8 @@ def run(settings: RunConfig, *, runtime: str, resume: bool, address: str, comman
         except BaseException:
             job.kill()
             raise
-    (path / folder.STOP_REQUEST).unlink(missing_ok=True)
+    with suppress(NotADirectoryError):  # the run's folder could not be made; the job's error says so
+        (path / folder.STOP_REQUEST).unlink(missing_ok=True)
     return _conclude(path, job, progress, command=command)
 
 

@@ -414,7 +414,7 @@ class ControllerSection(Section):
         default=2, ge=1, description="[steps] a decision takes effect so much later, on every worker at once"
     )
     cooldown_samples: int = Field(
-        default=4096, ge=0, description="[samples] after a change, the next one waits at least so long"
+        default=12288, ge=0, description="[samples] after a change, the next one waits at least so long"
     )
     deadband: float = Field(
         default=1.5, ge=1, description="[ratio] a wish nearer than this to the present batch changes nothing"
@@ -429,7 +429,7 @@ class ControllerSection(Section):
         description="[list of samples, batch] policy schedule: from so many samples seen on, this batch",
     )
     half_life_samples: int = Field(
-        default=4096, ge=1, description="[samples] after so many, a measurement counts half in the average"
+        default=2048, ge=1, description="[samples] after so many, a measurement counts half in the average"
     )
     confidence: float = Field(
         default=0.95, gt=0, lt=1, description="[fraction] of the noise scale's interval; 0.95 is usual"

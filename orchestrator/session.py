@@ -28,8 +28,9 @@ from orchestrator.core import cursor, noise
 from orchestrator.core.controller import is_decision_point
 from orchestrator.core.cursor import Stream
 from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
-from orchestrator.errors import CheckpointError, NonFiniteError, SessionError
+from orchestrator.errors import CheckpointError, NonFiniteError, SessionError, TaskError
 from orchestrator.measure.micro_batch import GradMeter
+from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.history import History, Resumed
 from orchestrator.runtime.loader import PositionLoader, move
@@ -67,6 +68,7 @@ class Session:
         check_dataset(dataset)
         self.config = config
         self.worker = local_worker(config) if worker is None else worker
+        _check_same_length(len(dataset), self.worker.collective)
         self.optimizer = optimizer
         self._collective = self.worker.collective
         self._rules = rules_from(config, dataset_size=len(dataset))
@@ -93,7 +95,9 @@ class Session:
             pin_memory=config.data.pin_memory,
             seed_each_sample=config.data.seed_each_sample,
         )
-        self._history = History(config, worker=self.worker, model=model, optimizer=optimizer, rules=self._rules)
+        self._history = History(
+            config, worker=self.worker, model=model, optimizer=optimizer, rules=self._rules, scaler=grad_scaler
+        )
         self._step = _StepState()
         self._due: dict[int, int] = {}  # step whose exchange announces -> step at which it was decided
         self._next: ApplyPlan | None = None
@@ -151,8 +155,7 @@ class Session:
         started = False
         try:
             value = loss() if callable(loss) else loss
-            if value.dim() != 0:
-                raise SessionError(f"the loss has shape {tuple(value.shape)}; backward() wants the mean, a scalar")
+            _check_loss(value)
             started = True
             # Divided, not multiplied by the reciprocal: what a plain loop writes, to the last bit.
             divisor = self._step.plan.batch / (size * self._collective.world_size)
@@ -174,6 +177,8 @@ class Session:
     def step(self) -> None:
         """Exchange the step's sums, then update the weights on every rank, or on none."""
         step = self._step
+        if step.plan is None or step.heard is not None:
+            raise SessionError("step() belongs inside the loop over the session, once after a step's micro-batches")
         if step.done != len(step.spans) and step.rejected is None:
             raise SessionError(
                 f"step {self.step_number}: {step.done} of {len(step.spans)} micro-batches went through backward()"
@@ -192,6 +197,9 @@ class Session:
         if heard.plan is not None:
             self._next = heard.plan
         step.heard = heard
+        if self.samples_seen >= self._rules.total_samples:
+            # Before anything else of the user's is called: a metric that raises must not cost what was trained.
+            self._checkpoint(why="the end")
 
     def request_stop(self, reason: str) -> None:
         """Stop after the step at hand, with a checkpoint. Any rank may ask; all stop together."""
@@ -252,6 +260,8 @@ class Session:
             carried=self._step.carried if self._step.redo else None,
         )
         self._meter.begin_step(measure=measure)
+        if self._step.carried is None:
+            self._replica.keep_buffers()
 
     def _micro_batches(self) -> Iterator[Any]:
         step = self._step
@@ -270,7 +280,7 @@ class Session:
     def _exchange(self) -> Announcement:
         step = self._step
         share = torch.zeros_like(step.loss_sum)
-        if step.measure and step.rejected is None:
+        if step.rejected is None:  # in every step: a gradient that is not finite must not reach the weights
             share = self._meter.mean_grad_sq_share(
                 rank=self._collective.rank, world_size=self._collective.world_size, grad_scale=step.amp_scale
             )
@@ -386,20 +396,25 @@ class Session:
         )
 
     def _give_up(self, size: int) -> None:
-        if size == 1:
-            raise SessionError(
-                f"rank {self._collective.rank}: a micro-batch of one sample does not fit in memory; use a smaller "
-                "model or sample, or a device with more memory"
-            )
-        self._step.rejected = size // 2
+        self._step.rejected = size // 2  # zero when not even one sample fits: all ranks are told before they give up
         self.optimizer.zero_grad(set_to_none=True)
         if self.worker.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _redo_smaller(self, heard: Announcement) -> None:
-        limits = [0.0] * self._collective.world_size
-        limits[self._collective.rank] = float(self._step.rejected or 0)
-        limit = int(min(x for x in self._collective.sum(limits) if x > 0))
+        limits = [-1.0] * self._collective.world_size
+        if self._collective.rank != 0:
+            limits = [0.0] * self._collective.world_size
+        if self._step.rejected is not None:
+            limits[self._collective.rank] += 1.0 + self._step.rejected
+        said = [int(x) for x in self._collective.sum(limits)]
+        limit = min(x for x in said if x >= 0)
+        if limit == 0:
+            raise SessionError(
+                f"rank {said.index(0)}: a micro-batch of one sample does not fit in memory; use a smaller model or "
+                "sample, or a device with more memory"
+            )
+        self._replica.restore_buffers()
         planned = self._history.replan(
             PlanRejected(max_micro_batch=limit), step=self.step_number, samples_seen=self.samples_seen
         )
@@ -409,16 +424,18 @@ class Session:
             # The decision on its way was cut for micro-batches that are now known not to fit.
             self._next = planned.pending
         self._step.redo = True
-        self._step.carried = heard
+        self._step.carried = heard if self._step.carried is None else heard.including(self._step.carried)
 
     def _stop_on_non_finite(self, loss: float) -> None:
         first, last = self.samples_seen, self.samples_seen + self._step.plan.batch - 1
         what = "the loss" if not math.isfinite(loss) else "the gradient"
         self.optimizer.zero_grad(set_to_none=True)
+        self._replica.restore_buffers()
         path = self._checkpoint(why="before a non-finite step")
+        saved = "could not be saved" if path is None else f"are saved in {path}"
         raise NonFiniteError(
             f"step {self.step_number}: {what} is not finite (loss {loss}) on stream positions {first} to {last}; the "
-            f"step was not taken and the weights before it are saved in {path}; lower optimizer.lr, set "
+            f"step was not taken and the weights before it {saved}; lower optimizer.lr, set "
             "train.max_grad_norm, or look at those samples"
         )
 
@@ -428,6 +445,28 @@ class Session:
         except CheckpointError as error:
             logger.warning("%s", error)
             return None
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise SessionError(f"the loss is of type {type(loss).__name__}; backward() wants a scalar tensor, the mean")
+    if loss.dim() != 0:
+        raise SessionError(f"the loss has shape {tuple(loss.shape)}; backward() wants the mean, a scalar")
+    if not loss.requires_grad:
+        raise SessionError(
+            "the loss carries no gradient: it was detached, computed under no_grad, or does not depend on the model"
+        )
+
+
+def _check_same_length(size: int, collective: Collective) -> None:
+    mine = [0.0] * collective.world_size
+    mine[collective.rank] = float(size)
+    sizes = [int(x) for x in collective.sum(mine)]
+    if len(set(sizes)) > 1:
+        raise TaskError(
+            f"the ranks' data sets differ in length ({', '.join(map(str, sizes))} samples): each rank must see "
+            "the same data, all of it; the samples are shared out by position"
+        )
 
 
 class _StepState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
+from orchestrator.errors import ConfigError, TaskError
 from orchestrator.registry import resolve
 from orchestrator.runtime.loader import move
 from orchestrator.runtime.worker import Worker
@@ -53,7 +54,10 @@ def _loss(task: Task, model: nn.Module, batch: Any, *, config: RunConfig, worker
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The config's optimizer over all parameters that take a gradient."""
-    factory = resolve(config.optimizer.name, _OPTIMIZERS, kind="optimizer")
+    try:
+        factory = resolve(config.optimizer.name, _OPTIMIZERS, kind="optimizer")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer = factory(parameters, **config.optimizer.settings())
     return optimizer
@@ -78,9 +82,9 @@ def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) ->
         for indices in _chunks(len(task.eval_set), config.batch.micro_batch, worker.rank, worker.world_size):
             batch = move(collate([task.eval_set[i] for i in indices]), worker.device, non_blocking=True)
             with precision(config, worker):
-                metrics = task.metrics(model, batch)
+                metrics = _numbers(task.metrics(model, batch))
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
+                sums[name] = sums.get(name, 0.0) + value * len(indices)
             count += len(indices)
     finally:
         model.train(was_training)
@@ -88,6 +92,18 @@ def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) ->
     names = worker.collective.share(sorted(sums))
     totals = worker.collective.sum([sums.get(name, 0.0) for name in names] + [float(count)])
     return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    if not isinstance(metrics, Mapping):
+        raise TaskError(f"metrics() must return a mapping of names to scalars, and returned {type(metrics).__name__}")
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TaskError(f"metrics() must return scalars, and {name} is not one: {error}") from error
+    return numbers
 
 
 def _chunks(size: int, chunk: int, rank: int, world_size: int) -> Iterator[range]:

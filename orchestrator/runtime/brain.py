@@ -23,11 +23,13 @@ from orchestrator.types import (
     GradMeasured,
     GradSample,
     Keep,
+    NoiseStats,
     PlanRejected,
     RequestWorkers,
     SaveCheckpoint,
     Stop,
     Target,
+    Verdict,
     WorkersChanged,
     assert_never,
 )
@@ -43,6 +45,8 @@ STATE_TYPES: Mapping[str, type] = {
         guard.GuardState,
         GradMeasured,
         GradSample,
+        NoiseStats,
+        Verdict,
         PlanRejected,
         WorkersChanged,
     )

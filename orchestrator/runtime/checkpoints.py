@@ -20,6 +20,8 @@ from typing import Any, final
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from orchestrator.errors import CheckpointError
@@ -65,7 +67,7 @@ class CheckpointStore:
                 f"checkpoint of step {step} was not written to {final_path}: {problem}; older checkpoints are "
                 "untouched; make room or mend the storage, training can go on"
             )
-        self._on_rank_zero(self._forget_old)
+        self._on_rank_zero(lambda: self._forget_old(step))
         return final_path
 
     def load_latest(
@@ -91,11 +93,12 @@ class CheckpointStore:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
                 state_dict_loader.load(state, checkpoint_id=chosen, no_dist=self._collective.world_size == 1)
+            _refuse_left_over(chosen, model_state)
             set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-        except Exception as error:  # DCP raises several kinds, none of them narrow
+        except (Exception, CheckpointException) as error:  # DCP raises several kinds, none of them narrow
             raise CheckpointError(
-                f"checkpoint {chosen} does not fit this model and optimizer: {error}; resume with the config and the "
-                "code that wrote it, or begin a new run"
+                f"checkpoint {chosen} does not fit this model and optimizer: {_cause(error)}; resume with "
+                "the config and the code that wrote it, or begin a new run"
             ) from error
         return chosen, meta, faults
 
@@ -103,7 +106,13 @@ class CheckpointStore:
         return self._folder / f"step-{step:09d}"
 
     def _write_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> str | None:
+        fresh = not optimizer.state
         model_state, optimizer_state = get_state_dict(model, optimizer)
+        if fresh:
+            # It was filled by a step with gradients of zero, which Adam counted and corrects its averages by.
+            for state in optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"].zero_()
         problem = None
         try:
             with warnings.catch_warnings():
@@ -113,8 +122,8 @@ class CheckpointStore:
                     checkpoint_id=path,
                     no_dist=self._collective.world_size == 1,
                 )
-        except Exception as error:  # DCP wraps what any rank met
-            problem = f"{type(error).__name__}: {error}"
+        except (Exception, CheckpointException) as error:  # DCP wraps what any rank met
+            problem = _cause(error)
         return self._first(problem)
 
     def _on_rank_zero(self, work: Callable[[], None]) -> str | None:
@@ -134,8 +143,12 @@ class CheckpointStore:
         shared: str | None = self._collective.share(problem)
         return shared or problem or "another rank could not write its part"
 
-    def _forget_old(self) -> None:
-        for _, path in _found(self._folder)[self._keep :]:
+    def _forget_old(self, newest: int) -> None:
+        # One of a later step was broken, or training went back behind it: it is no part of this history, and would
+        # take the place of one that is.
+        undone = [path for step, path in _found(self._folder) if step > newest]
+        kept = [path for step, path in _found(self._folder) if step <= newest][self._keep :]
+        for path in [*undone, *kept, *self._folder.glob(".step-*.partial")]:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -143,6 +156,8 @@ def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint at ``path``, or ``None`` when every file is as it was written."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
+        if not isinstance(manifest, dict) or not {_META, ".metadata"} <= manifest.keys():
+            return f"{_MANIFEST} does not list the checkpoint's files"
         for name, (size, digest) in manifest.items():
             file = path / name
             if file.stat().st_size != size:
@@ -170,6 +185,25 @@ def _choose(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
             return path, tuple(faults)
         faults.append(Fault(path=str(path), why=why))
     return None, tuple(faults)
+
+
+def _refuse_left_over(path: Path, model_state: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for tensors of the model that were saved and have no place now; DCP leaves them out."""
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    names = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+    left_over = sorted(names - model_state.keys())
+    if left_over:
+        raise ValueError(f"it holds {', '.join(left_over[:4])}, which the model does not have")
+
+
+def _cause(error: BaseException) -> str:
+    """The first thing that went wrong: DCP hides it in its own exception, which is no ``Exception``, and its writer
+    behind errors that follow from it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"
 
 
 def _make_empty(path: Path) -> None:

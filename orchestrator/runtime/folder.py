@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, final
 
@@ -46,7 +47,9 @@ class RunWriter:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            # What append() could not write is tried again here; it has been reported by then.
+            with suppress(OSError):
+                file.close()
         self._files = {}
 
 
@@ -84,15 +87,17 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         torn: str | None = None
         for number, line in enumerate(file, start=1):
             if torn is not None:
                 raise RunFolderError(f"{path}: {torn}; the file was changed by something else than a run")
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+                if not isinstance(row, dict) or "attempt" not in row:
+                    raise ValueError("a run's lines are objects with an attempt")
             except ValueError as error:
-                torn = f"line {number} is not JSON ({error})"
+                torn = f"line {number} is not JSON of a run ({error})"
                 continue
             yield row
 

@@ -7,6 +7,7 @@ the others do something on rank zero only, where the files and the controller ar
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,13 +71,16 @@ class History:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         rules: Rules,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._config = config
+        self._scaler = scaler
         self._worker = worker
         self._model = model
         self._optimizer = optimizer
         self._rules = rules
         self._folder = run_folder(config)
+        self._stop_request = str(self._folder / folder.STOP_REQUEST)  # looked for at every step
         self._store = CheckpointStore(
             self._folder / "checkpoints", keep=config.checkpoint.keep, collective=worker.collective
         )
@@ -110,22 +114,33 @@ class History:
             self.event("checkpoint_passed_over", reason=reason, step=None, samples_seen=None)
         record, step, samples_seen = BrainRecord(), 0, 0
         if path is not None:
-            self._refuse_another_run(meta, path)
-            step, samples_seen, self._saved_step = meta["step"], meta["samples_seen"], meta["step"]
-            record = BrainRecord(state=meta["controller"], tail=codec.decode(meta["controller_tail"], STATE_TYPES))
-            self._noise = codec.decode(meta["noise"], STATE_TYPES)
-            restore_rng(meta["rng"])
+            try:
+                self._refuse_another_run(meta, path)
+                step, samples_seen, self._saved_step = meta["step"], meta["samples_seen"], meta["step"]
+                record = BrainRecord(state=meta["controller"], tail=codec.decode(meta["controller_tail"], STATE_TYPES))
+                self._noise = codec.decode(meta["noise"], STATE_TYPES)
+                self._stats = codec.decode(meta["noise_stats"], STATE_TYPES)
+                restore_rng(meta["rng"])
+                if self._scaler is not None and meta["scaler"] is not None:
+                    self._scaler.load_state_dict(meta["scaler"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise _of_another_version(path, error) from error
         # The plan is shared by rank zero, so that all begin alike whatever their own view of the fleet.
-        welcome: Welcome = self._worker.collective.share(
-            self._brain.begin(
-                record,
-                world_size=self._worker.world_size,
-                dataset_size=dataset_size,
-                resize_cost_s=self._worker.resize_cost_s,
-            )
-            if zero
-            else None
-        )
+        welcome: Welcome | Exception | None = None
+        if zero:
+            try:
+                welcome = self._brain.begin(
+                    record,
+                    world_size=self._worker.world_size,
+                    dataset_size=dataset_size,
+                    resize_cost_s=self._worker.resize_cost_s,
+                )
+            except (KeyError, TypeError, ValueError) as error:  # shared, so that no rank is left waiting
+                welcome = error if path is None else _of_another_version(path, error)
+        welcome = self._worker.collective.share(welcome)
+        if isinstance(welcome, Exception):
+            raise welcome
+        assert welcome is not None, "rank zero has a brain"
         if zero:
             self._announce_start(welcome, path, step=step, samples_seen=samples_seen)
         return Resumed(step=step, samples_seen=samples_seen, now=welcome.now, pending=welcome.pending)
@@ -143,7 +158,7 @@ class History:
             action = self._brain.answer(decided_at)
             self._decision(decided_at, action)
             plan = action if isinstance(action, ApplyPlan) else None
-        requested = (self._folder / folder.STOP_REQUEST).exists()
+        requested = os.path.exists(self._stop_request)
         return replace(
             said,
             plan=plan,
@@ -257,6 +272,8 @@ class History:
                 "controller": record.state,
                 "controller_tail": codec.encode(record.tail),
                 "noise": codec.encode(self._noise),
+                "noise_stats": codec.encode(self._stats),
+                "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "rng": save_rng(),
             }
         try:
@@ -381,9 +398,22 @@ def prepare(config: RunConfig, *, resume: bool) -> Path:
     """Make a new run's folder with its resolved config, or check the one to resume. Raises ``RunFolderError``."""
     path = run_folder(config)
     folder.create(path, resume=resume)
-    (path / folder.STOP_REQUEST).unlink(missing_ok=True)
-    (path / folder.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    try:
+        (path / folder.STOP_REQUEST).unlink(missing_ok=True)
+        (path / folder.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path / folder.CONFIG}: {error}; make room or mend the storage, or choose another folder "
+            "with --run-dir"
+        ) from error
     return path
+
+
+def _of_another_version(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the metadata of checkpoint {path} is of another version of Groundswell ({type(error).__name__}: {error}); "
+        "resume with the version that wrote it, or begin a new run"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,8 @@ class PositionLoader:
 
     With ``seed_each_sample``, torch's CPU generator, ``random`` and ``numpy.random`` are seeded from (``seed``,
     position) before ``dataset[index]``, and left as found: augmentation draws the same on any rank. Generators that
-    the data set owns, and those of a GPU, are its own affair. Stored tensors and lists are not worth seeding for. Without it, ``dataset.__getitems__`` is used if there.
+    the data set owns, and those of a GPU, are its own affair. Stored tensors and lists, which draw nothing, are not
+    seeded for. Without it, ``dataset.__getitems__`` is used if there.
 
     ``pin_memory`` does nothing where there is no CUDA device.
     """

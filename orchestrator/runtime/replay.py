@@ -1,4 +1,4 @@
-"""Recomputes from a run's folder what the controller decided: the record is enough, and the decisions follow from it."""
+"""Recomputes from a run's folder what the controller decided; the decisions follow from the record alone."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ ran out of memory, takes part with a loss of zero that touches every parameter, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
@@ -25,11 +26,16 @@ class _Participant(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.on_failure: Callable[[], None] = lambda: None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is _TAKE_PART:
             return sum((p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad), torch.zeros(()))
-        return self.model(*args, **kwargs)
+        try:
+            return self.model(*args, **kwargs)
+        except Exception:
+            self.on_failure()
+            raise
 
 
 @final
@@ -40,13 +46,16 @@ class Replica:
         self, model: nn.Module, *, collective: Collective, device: torch.device, find_unused_parameters: bool
     ) -> None:
         self.model = model.to(device)
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._ddp: DistributedDataParallel | None = None
         if collective.world_size > 1:
+            participant = _Participant(self.model)
             self._ddp = DistributedDataParallel(
-                _Participant(self.model),
+                participant,
                 device_ids=[device] if device.type == "cuda" else None,
                 find_unused_parameters=find_unused_parameters,
             )
+            participant.on_failure = self._buffers_were_sent
 
     @property
     def module(self) -> nn.Module:
@@ -58,6 +67,22 @@ class Replica:
             return nullcontext()
         context: AbstractContextManager[None] = self._ddp.no_sync()
         return context
+
+    def keep_buffers(self) -> None:
+        """Remember the buffers, such as running means, as they are before a step."""
+        self._kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Put back what was kept: the step was not taken."""
+        for buffer, kept in self._kept:
+            buffer.copy_(kept)
+
+    def _buffers_were_sent(self) -> None:
+        # DDP sends the buffers before a step's first forward pass, and clears this mark after it. Where that pass
+        # failed, take_part() would send them again, and pair up with another exchange of the other ranks.
+        assert self._ddp is not None
+        self._ddp.require_forward_param_sync = False
 
     def take_part(self) -> None:
         """Join the step's all-reduce with a gradient of zero."""

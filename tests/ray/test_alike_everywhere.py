@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_ray_and_torchrun_write_the_same_decisions_and_the_folder_gives_them_aga
     under_ray(settings(tmp_path, "late"), answer_delay_s=0.3)
     found = {name: recorded(tmp_path / name) for name in ("torchrun", "ray", "late")}
     targets = [decided.target_batch for decided in found["torchrun"]]
-    changes = sum(a != b for a, b in zip(targets, targets[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(targets))
     print(f"{len(targets)} decisions, {changes} changes, batch {targets[0]} to {targets[-1]}")
     assert changes >= 3
     assert found["ray"] == found["torchrun"]
@@ -93,7 +94,7 @@ def steps_s(run: Path) -> np.ndarray:
 @pytest.mark.timeout(290)
 def test_a_step_under_ray_takes_no_longer_than_under_torchrun(cluster: None, tmp_path: Path) -> None:
     pairs = []
-    for turn in range(3):
+    for turn in range(2):
         under_torchrun(settings(tmp_path, f"torchrun-{turn}", samples=10000), tmp_path)
         under_ray(settings(tmp_path, f"ray-{turn}", samples=10000))
         pairs.append((steps_s(tmp_path / f"ray-{turn}"), steps_s(tmp_path / f"torchrun-{turn}")))

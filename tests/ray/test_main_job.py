@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,26 @@ from orchestrator.runtime import folder
 from orchestrator.runtime.ledger import verify
 
 ROOT = Path(__file__).resolve().parents[2]
-METRICS = (
-    "step samples_seen epoch loss lr global_batch micro_batch accum_steps world_size grad_sq trace_cov noise_scale "
-    "noise_low noise_high verdict step_time_s samples_per_s attempt"
-).split()
+METRICS = [
+    "step",
+    "samples_seen",
+    "epoch",
+    "loss",
+    "lr",
+    "global_batch",
+    "micro_batch",
+    "accum_steps",
+    "world_size",
+    "grad_sq",
+    "trace_cov",
+    "noise_scale",
+    "noise_low",
+    "noise_high",
+    "verdict",
+    "step_time_s",
+    "samples_per_s",
+    "attempt",
+]
 
 
 @pytest.mark.ray
@@ -43,7 +60,7 @@ def test_the_main_job_grows_its_batch_and_its_workers_and_learns(tmp_path: Path)
     # One growth by accumulation alone: the batch changed within an attempt and the workers did not.
     accumulated = [
         (before, after)
-        for before, after in zip(rows, rows[1:], strict=False)
+        for before, after in pairwise(rows)
         if after["global_batch"] > before["global_batch"]
         and after["world_size"] == before["world_size"]
         and after["attempt"] == before["attempt"]

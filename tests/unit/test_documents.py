@@ -44,7 +44,9 @@ def test_ci_runs_the_readmes_test_command() -> None:
 @pytest.mark.parametrize("line", [line for line in blocks("bash")[2].splitlines() if line.startswith("groundswell")])
 def test_the_commands_of_the_readme_exist(line: str) -> None:
     words = line.split("#")[0].split()[1:]
-    named = [word for word in words if word.isalpha() and word.islower()][: 2 if words[0] in ("config", "ledger") else 1]
+    named = [word for word in words if word.isalpha() and word.islower()][
+        : 2 if words[0] in ("config", "ledger") else 1
+    ]
     done = CliRunner().invoke(main, [*named, "--help"])
     assert done.exit_code == 0, done.output
     for option in (word for word in words if word.startswith("--")):

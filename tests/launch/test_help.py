@@ -1,0 +1,73 @@
+"""The command line answers at once, and has not loaded a framework when it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = (
+    "import sys\n"
+    "from launch.cli import main\n"
+    "try:\n"
+    "    main(sys.argv[1:], prog_name='groundswell')\n"
+    "finally:\n"
+    "    print('LOADED', *({'torch', 'ray', 'matplotlib', 'sklearn'} & set(sys.modules)))\n"
+)
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", REPORT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "Commands:"),
+        (["run", "--help"], 0, "Exit codes:"),
+        (["doctor", "-h"], 0, "--no-ray"),
+        (["ledger", "verify", "--help"], 0, "exactly once"),
+        (["plot", "--help"], 0, "Draw the run"),
+        (["--version"], 0, "groundswell "),
+        (["config", "validate", "digits"], 0, "OK digits"),
+        (["config", "validate", "digts"], 2, "did you mean digits?"),
+        (["run", "digits", "--set", "batch.intial=3"], 2, "did you mean batch.initial?"),
+        (["run", "digits", "--runtime", "slurm"], 2, "is not one of"),
+        (["run", "digits", "--runtime", "local", "--address", "1.2.3.4:6379"], 2, "does not use"),
+        (["run", "digits", "--run-dir", "EMPTY", "--resume"], 2, "holds no run to resume"),
+        (["run", "digits", "--run-dir", "TAKEN"], 2, "already holds a run; pass --resume"),
+        (["run", "digits", "--run-dir", "EMPTY", "--address", "127.0.0.1:1"], 2, "nobody answers at 127.0.0.1:1"),
+        (["ledger", "verify", "EMPTY"], 2, "ledger: true"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_no_framework_is_loaded_to_answer_or_to_refuse(
+    arguments: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken" / "digits"
+    taken.mkdir(parents=True)
+    (taken / "config.yaml").touch()
+    (taken / "events.jsonl").write_text('{"attempt": 1, "kind": "started"}\n')
+    places = {"EMPTY": str(tmp_path / "empty"), "TAKEN": str(taken.parent)}
+    done = call(*(places.get(argument, argument) for argument in arguments))
+    if "ledger" not in arguments or code == 0:
+        assert done.stdout.splitlines()[-1].strip() == "LOADED"
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "empty").exists()
+
+
+def test_help_takes_well_under_a_second() -> None:
+    took_s = []
+    for _ in range(3):
+        began_s = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "launch.cli", "--help"], check=True, capture_output=True, cwd=ROOT)
+        took_s.append(time.perf_counter() - began_s)
+    # The best of three: the rest is how busy the machine is.
+    assert min(took_s) < 0.9, took_s
