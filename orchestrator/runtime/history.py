@@ -21,7 +21,7 @@ from torch import nn
 from orchestrator.config import RunConfig
 from orchestrator.config_file import to_yaml
 from orchestrator.core import codec, noise
-from orchestrator.core.controller import Rules, is_decision_point
+from orchestrator.core.controller import Rules
 from orchestrator.errors import CheckpointError, StorageError
 from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
@@ -38,7 +38,6 @@ from orchestrator.types import (
     BatchPlan,
     Event,
     GradMeasured,
-    GradSample,
     Keep,
     NoiseStats,
     decided_batch,
@@ -177,7 +176,7 @@ class History:
             return
         self._brain.post(measured)
         self._noise = noise.absorb(self._noise, sample, self._rules.noise)
-        stats = self._fresh_stats(sample, decides=decides)
+        stats = self._fresh_stats(decides=decides)
         if decides:
             self._decided_from[sample.step] = (sample.samples_seen, stats)
         row = {
@@ -203,15 +202,12 @@ class History:
         if self._board is not None:
             self._board.add(row, now=self._worker.now())
 
-    def _fresh_stats(self, sample: GradSample, *, decides: bool) -> NoiseStats:
-        """The noise statistics for this step's line: new at every decision and four times in between.
+    def _fresh_stats(self, *, decides: bool) -> NoiseStats:
+        """The noise statistics for this step's line: made anew at every decision, and repeated in between.
 
-        They take longer than the rest of a short step's bookkeeping, and move slowly. The clock is samples, not time,
-        so that the same run writes the same lines.
+        They take longer than the rest of a short step's bookkeeping, and move slowly.
         """
-        before, after = sample.samples_seen - sample.batch, sample.samples_seen
-        every = max(1, self._rules.every_samples // 4)
-        if decides or self._stats is None or is_decision_point(before=before, after=after, every_samples=every):
+        if decides or self._stats is None:
             self._stats = noise.stats(self._noise, self._rules.noise)
         return self._stats
 

@@ -47,6 +47,7 @@ class Replica:
     ) -> None:
         self.model = model.to(device)
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._buffers = list(self.model.buffers())
         self._ddp: DistributedDataParallel | None = None
         if collective.world_size > 1:
             participant = _Participant(self.model)
@@ -70,7 +71,7 @@ class Replica:
 
     def keep_buffers(self) -> None:
         """Remember the buffers, such as running means, as they are before a step."""
-        self._kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self._kept = [(buffer, buffer.clone()) for buffer in self._buffers]
 
     @torch.no_grad()
     def restore_buffers(self) -> None:

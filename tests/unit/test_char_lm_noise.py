@@ -43,7 +43,6 @@ def rows_of(config: RunConfig) -> list[dict[str, Any]]:
     return folder.surviving(Path(config.run.dir) / config.run.name / folder.METRICS)
 
 
-@pytest.mark.benchmark
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_at_a_fixed_batch_the_last_quarters_lower_bound_is_above_the_first_quarters_upper(
     tmp_path: Path, seed: int
@@ -63,7 +62,6 @@ def test_at_a_fixed_batch_the_last_quarters_lower_bound_is_above_the_first_quart
     assert lowest > highest
 
 
-@pytest.mark.benchmark
 def test_the_batch_follows_the_noise_scale_and_the_held_out_loss_falls(tmp_path: Path) -> None:
     config = load_config(
         find_config("char_lm"),
