@@ -123,7 +123,7 @@ class Progress:
             self.start, self._batch = event, event["global_batch"]
             self._reached.clear()
             workers, total = counted(event["world_size"], "worker"), event["total_samples"]
-            epochs = f"{total:,} samples, {total / event['dataset_size']:.3g} epochs of {event['dataset_size']:,}"
+            epochs = f"{total:,} samples, {total / event['dataset_size']:,.4g} epochs of {event['dataset_size']:,}"
             where = f"batch {self._batch} on {workers} ({event['device']})"
             return f"started: {epochs}; {where}" if kind == "started" else f"resumed{at} of {total:,}; {where}"
         if kind == "decision":
@@ -131,7 +131,7 @@ class Progress:
         if kind in ("finished", "stopped"):
             self.ended = event
             return None
-        if kind in ("plan", "checkpoint"):
+        if kind in ("plan", "checkpoint", "outcome"):
             return None
         if kind == "resize":
             return f"workers {event['from_workers']} -> {event['to_workers']}{at}: {reason}"

@@ -22,7 +22,7 @@ def fit(config: RunConfig, *, resume: bool, address: str) -> None:
             address=address,
             include_dashboard=False if address == "local" else None,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level="error",
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )
     try:

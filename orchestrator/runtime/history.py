@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, final
@@ -29,6 +29,7 @@ from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.checkpoints import CheckpointStore
 from orchestrator.runtime.folder import RunWriter
+from orchestrator.runtime.outlook import Outcome, Outlook
 from orchestrator.runtime.rng import restore_rng, save_rng
 from orchestrator.runtime.scalars import ScalarBoard
 from orchestrator.runtime.worker import Worker
@@ -85,6 +86,7 @@ class History:
         )
         self._noise = noise.init(rules.noise)
         self._stats: NoiseStats | None = None
+        self._outlook = Outlook()
         self._writer: RunWriter | None = None
         self._board: ScalarBoard | None = None
         self._saved_step: int | None = None
@@ -176,6 +178,8 @@ class History:
             return
         self._brain.post(measured)
         self._noise = noise.absorb(self._noise, sample, self._rules.noise)
+        if measured.step_time_s is not None and (outcome := self._outlook.saw(measured.step_time_s, plan)):
+            self._say_outcome(outcome, step=sample.step, samples_seen=sample.samples_seen)
         stats = self._fresh_stats(decides=decides)
         if decides:
             self._decided_from[sample.step] = (sample.samples_seen, stats)
@@ -211,6 +215,16 @@ class History:
             self._stats = noise.stats(self._noise, self._rules.noise)
         return self._stats
 
+    def _say_outcome(self, outcome: Outcome, *, step: int, samples_seen: int) -> None:
+        took, predicted = outcome.realised_step_time_s, outcome.predicted_step_time_s
+        self.event(
+            "outcome",
+            reason=f"a step takes {took:.4g} s, and {predicted:.4g} s was predicted",
+            step=step,
+            samples_seen=samples_seen,
+            **asdict(outcome),
+        )
+
     def adopted(self, applied: ApplyPlan, *, step: int, samples_seen: int) -> None:
         plan = applied.plan
         reason = (
@@ -227,6 +241,7 @@ class History:
             accum_steps=plan.accum_steps,
             world_size=plan.world_size,
             lr_factor=applied.lr_factor,
+            predicted_step_time_s=self._outlook.expect(plan),
         )
 
     def evaluation(self, metrics: Mapping[str, float], *, step: int, samples_seen: int) -> None:

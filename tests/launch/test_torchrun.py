@@ -27,6 +27,7 @@ from orchestrator.train import train
 from tests import support
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(120)
 TASK = "tests.launch.small_task:make"
 
 
@@ -58,7 +59,9 @@ def until(there: Callable[[], object], *, patience_s: float = 60.0) -> None:
 
 
 def children(parent: int) -> list[int]:
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     return [int(pid) for pid, ppid, args in rows if int(ppid) == parent and "launch.torchrun" in args]
 
@@ -140,7 +143,7 @@ def test_groundswell_run_recovers_and_at_the_second_ctrl_c_leaves_no_process(
         until(lambda: events(tmp_path, "resumed"))
         seen.extend([*agents(), *children(agents()[0])])
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # another one, for two alike may be delivered as one
 
     thread = threading.Thread(target=disturb)
     thread.start()
