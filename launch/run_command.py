@@ -23,7 +23,7 @@ from launch.progress import Progress, counted, metrics_text
 from launch.ray_cluster import add_working_directory
 from orchestrator.config import RunConfig
 from orchestrator.config_file import load_config
-from orchestrator.errors import GroundswellError
+from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
@@ -189,9 +189,11 @@ def run_dir_override(run_dir: str | None) -> list[str]:
 
 
 def _say_resume(path: Path, command: str) -> None:
-    if any((path / "checkpoints").glob("step-*")):
-        say(f"To go on from the last checkpoint:\n  {command} --resume", error=True)
-    elif (path / folder.CONFIG).exists():
-        say(f"Nothing was saved yet; to begin again:\n  {command} --resume", error=True)
-    else:
-        say(f"Nothing was saved yet; to begin again:\n  {command}", error=True)
+    saved = any((path / "checkpoints").glob("step-*"))
+    try:
+        folder.check(path, resume=True)
+        command += " --resume"
+    except RunFolderError:
+        pass  # no run was begun
+    what = "To go on from the last checkpoint" if saved else "Nothing was saved yet; to begin again"
+    say(f"{what}:\n  {command}", error=True)

@@ -78,7 +78,7 @@ def _train(settings: RunConfig, *, rank: int, resume: bool, for_process: int | N
         _prepare_once(settings, path, prepare, resume=resume)
     if device is not None:
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device is None else "nccl")
+    _join("gloo" if device is None else "nccl")
     # Not sooner: until all have met there is nothing to save, and waiting for the others would only be drawn out.
     signal.signal(signal.SIGTERM, lambda *_: _stop_or_end(path))
     over = threading.Event()
@@ -91,6 +91,24 @@ def _train(settings: RunConfig, *, rank: int, resume: bool, for_process: int | N
             watch.join()
     # Only after success: a group that lost a member may never end.
     dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Form the process group.
+
+    On one machine with a store of our own making: torchrun keeps one store for all restarts, in which a worker that
+    was started again may find the address of one that is dead (seen with torch 2.13: connection refused). The
+    restart count tells them apart, but only within one agent: those of several machines count for themselves.
+    """
+    import torch.distributed as dist
+
+    env = os.environ
+    if env.get("GROUP_WORLD_SIZE") != "1" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    kept = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]  # C++
+    store = dist.PrefixStore(f"groundswell/{env['TORCHELASTIC_RESTART_COUNT']}", kept)  # type: ignore[attr-defined]  # C++
+    dist.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
 
 
 def _device(num_gpus: int) -> int | None:

@@ -28,7 +28,7 @@ from orchestrator.core import cursor, noise
 from orchestrator.core.controller import is_decision_point
 from orchestrator.core.cursor import Stream
 from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
-from orchestrator.errors import CheckpointError, NonFiniteError, SessionError, TaskError
+from orchestrator.errors import CheckpointError, ConfigError, NonFiniteError, SessionError, TaskError
 from orchestrator.measure.micro_batch import GradMeter
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement
@@ -72,9 +72,12 @@ class Session:
         self.optimizer = optimizer
         self._collective = self.worker.collective
         self._rules = rules_from(config, dataset_size=len(dataset))
-        self._schedule: Schedule = build_schedule(
-            ScheduleSettings(**config.schedule.settings()), total_samples=self._rules.total_samples
-        )
+        try:
+            self._schedule: Schedule = build_schedule(
+                ScheduleSettings(**config.schedule.settings()), total_samples=self._rules.total_samples
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._replica = Replica(
             model,

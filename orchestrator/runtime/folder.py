@@ -55,13 +55,13 @@ class RunWriter:
 
 def check(folder: Path, *, resume: bool) -> None:
     """Refuse to write over a run, or to resume what is not there. Raises ``RunFolderError``."""
-    exists = (folder / CONFIG).exists()
+    exists = (folder / EVENTS).exists()  # a run that was refused before it began leaves a config, and is none
     if exists and not resume:
         raise RunFolderError(
             f"{folder} already holds a run; pass --resume to go on with it, or choose another run.name or --run-dir"
         )
     if not exists and resume:
-        raise RunFolderError(f"{folder} holds no run to resume (no {CONFIG}); leave --resume out to begin one")
+        raise RunFolderError(f"{folder} holds no run to resume (no {EVENTS}); leave --resume out to begin one")
 
 
 def create(folder: Path, *, resume: bool) -> None:

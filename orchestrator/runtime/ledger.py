@@ -48,7 +48,23 @@ def verify(run: Path) -> LedgerReport:
         why_not, position = _step(row, position)
         if why_not is not None:
             return LedgerReport(steps=number, samples=position, violation=f"step {number}: {why_not}")
-    return LedgerReport(steps=len(rows), samples=position, violation=_epochs(position, size=size, seed=seed))
+    violation = _not_kept(run, position) or _epochs(position, size=size, seed=seed)
+    return LedgerReport(steps=len(rows), samples=position, violation=violation)
+
+
+def _not_kept(run: Path, position: int) -> str | None:
+    """Whether training went on beyond the ledger's end, or one attempt wrote a step twice."""
+    # The ledger's line is written first, so that a crash between the two leaves it the longer one.
+    steps = folder.surviving(run / folder.METRICS)
+    if steps and steps[-1]["samples_seen"] > position:
+        return f"the ledger ends at position {position}, and training went on to {steps[-1]['samples_seen']}"
+    written: set[tuple[int, int]] = set()
+    for row in folder.rows(run / folder.LEDGER):
+        key = (row["attempt"], row["step"])
+        if key in written:
+            return f"step {row['step']} was written twice by attempt {row['attempt']}"
+        written.add(key)
+    return None
 
 
 def _step(row: dict[str, Any], position: int) -> tuple[str | None, int]:

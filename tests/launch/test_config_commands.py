@@ -42,14 +42,16 @@ def test_validate_says_in_one_line_what_would_run() -> None:
     done = call("validate", "digits")
     assert done.exit_code == 0
     assert done.stderr == ""
-    assert done.stdout == "OK digits: task digits, 60 epochs, batch 32 to 512\n"
+    run = load_config(find_config("digits"))
+    batch = f"batch {run.batch.initial} to {run.batch.max}"
+    assert done.stdout == f"OK digits: task digits, {run.train.epochs} epochs, {batch}\n"
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["controller.mode=advise"], "batch 32 (advise only)"),
-        (["controller.policy=fixed"], "batch 32\n"),
+        (["batch.initial=24", "controller.mode=advise"], "batch 24 (advise only)"),
+        (["batch.initial=24", "controller.policy=fixed"], "batch 24\n"),
         (["train.epochs=null", "train.samples=90000"], "90000 samples"),
     ],
 )

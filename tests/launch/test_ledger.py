@@ -128,3 +128,15 @@ def test_a_ledger_with_a_broken_line_is_refused(real: Path, tmp_path: Path) -> N
     result = verify(run)
     assert result.exit_code == 2
     assert "line 1 is not JSON" in result.stderr
+
+
+def test_a_ledger_that_ends_before_training_did_is_a_violation(real: Path, tmp_path: Path) -> None:
+    result = verify(tampered(real, tmp_path, lambda rows: rows.pop()))
+    assert result.exit_code == 1
+    assert "training went on to 640" in result.output
+
+
+def test_a_step_written_twice_by_one_attempt_is_a_violation(real: Path, tmp_path: Path) -> None:
+    result = verify(tampered(real, tmp_path, lambda rows: rows.insert(5, rows[5])))
+    assert result.exit_code == 1
+    assert "step 5 was written twice by attempt 1" in result.output

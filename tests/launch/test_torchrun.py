@@ -166,7 +166,7 @@ def alive(process: int) -> bool:
 
 @pytest.mark.dist
 def test_a_bug_is_shown_once_and_not_tried_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = config(tmp_path, options={"bug_at": 1}, recovery={"max_failures": 3})
+    settings = config(tmp_path, options={"bug_at": 1}, workers={"initial": 1, "max": 1})
     assert run(settings, runtime="torchrun", resume=False, address="local", command="groundswell run mine") == 1
     said = capsys.readouterr()
     assert said.err.count("Traceback (most recent call last)") == 1
