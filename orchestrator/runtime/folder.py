@@ -60,8 +60,9 @@ def check(folder: Path, *, resume: bool) -> None:
         raise RunFolderError(
             f"{folder} already holds a run; pass --resume to go on with it, or choose another run.name or --run-dir"
         )
-    if not exists and resume:
-        raise RunFolderError(f"{folder} holds no run to resume (no {EVENTS}); leave --resume out to begin one")
+    missing = next((name for name in (CONFIG, EVENTS) if not (folder / name).exists()), None)
+    if resume and missing is not None:
+        raise RunFolderError(f"{folder} holds no run to resume (no {missing}); leave --resume out to begin one")
 
 
 def create(folder: Path, *, resume: bool) -> None:
