@@ -80,5 +80,5 @@ def test_the_main_job_grows_its_batch_and_its_workers_and_learns(tmp_path: Path)
     assert load_config(run / "config.yaml").run.name == "digits"
     assert all("reason" in event and "time" in event for event in events)
     assert "NaN" not in (run / "metrics.jsonl").read_text()
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["noise_scale"] is None
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["noise_low"] is None
     assert verify(run).violation is None
