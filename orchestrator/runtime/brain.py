@@ -155,7 +155,5 @@ class LocalBrain:
         self._notes.append({"kind": "workers_wanted", "num_workers": wanted.num_workers, "reason": wanted.reason})
 
     def _take(self, event: Event) -> Action:
-        if isinstance(event, GradMeasured) and event.sample.step <= self.state.step:
-            return Keep(reason="absorbed before")
         self._state, action = controller.advance(self.state, event, self.rules)
         return action
