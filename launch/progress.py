@@ -144,8 +144,8 @@ class Progress:
 
     def _take_decision(self, event: dict[str, Any], at: str) -> str | None:
         before, target, wish = self._batch, event["target_batch"], event.get("wished_batch")
-        self._batch = target
-        if target != before:
+        if "effective_step" in event:  # else the batch is kept, though one decided before may be on its way
+            self._batch = target
             return f"batch {before} -> {target}{at}: {event['reason']}"
         news = wish is not None and wish != self._wish
         self._wish = wish

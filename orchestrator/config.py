@@ -411,7 +411,7 @@ class ControllerSection(Section):
     )
     every_samples: int = Field(default=1024, ge=1, description="[samples] between two decisions")
     lag_steps: int = Field(
-        default=2, ge=1, description="[steps] a decision takes effect so much later, on every worker at once"
+        default=4, ge=1, description="[steps] a decision takes effect so much later, on every worker at once"
     )
     cooldown_samples: int = Field(
         default=12288, ge=0, description="[samples] after a change, the next one waits at least so long"

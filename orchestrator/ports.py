@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,10 @@ class Collective(Protocol):
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks in float64, the same on each."""
+        ...
+
+    def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin ``sum``; what is returned waits for it, and is called once."""
         ...
 
     def share(self, value: Any) -> Any:

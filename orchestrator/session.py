@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
-from orchestrator.core import cursor, noise
+from orchestrator.core import cursor
 from orchestrator.core.controller import is_decision_point
 from orchestrator.core.cursor import Stream
 from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
 from orchestrator.errors import CheckpointError, ConfigError, NonFiniteError, SessionError, TaskError
-from orchestrator.measure.micro_batch import GradMeter
+from orchestrator.measure.micro_batch import GradMeter, Reading
 from orchestrator.ports import Collective
-from orchestrator.runtime.announcement import Announcement
+from orchestrator.runtime.announcement import Announcement, StepSums
+from orchestrator.runtime.exchange import Exchange, OwnStep
 from orchestrator.runtime.history import History, Resumed
 from orchestrator.runtime.loader import PositionLoader, move
 from orchestrator.runtime.memory import is_out_of_memory
@@ -40,7 +41,7 @@ from orchestrator.runtime.rng import seeded
 from orchestrator.runtime.rules import rules_from
 from orchestrator.runtime.worker import Worker, local_worker
 from orchestrator.tasks.protocol import check_dataset
-from orchestrator.types import ApplyPlan, BatchPlan, GradMeasured, GradSample, PlanRejected, Target
+from orchestrator.types import ApplyPlan, BatchPlan, PlanRejected, Target
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,10 @@ class Session:
         self._history = History(
             config, worker=self.worker, model=model, optimizer=optimizer, rules=self._rules, scaler=grad_scaler
         )
+        self._exchange = Exchange(self._collective, self._history, lag_steps=self._rules.lag_steps, act=self._rules.act)
         self._step = _StepState()
-        self._due: dict[int, int] = {}  # step whose exchange announces -> step at which it was decided
         self._next: ApplyPlan | None = None
+        self._asked = Announcement()  # what was heard and not done yet
         self._stop: str | None = None
         self.finished = False
         self._begin(self._history.begin(resume=resume, dataset_size=len(dataset)))
@@ -163,7 +165,8 @@ class Session:
             # Divided, not multiplied by the reciprocal: what a plain loop writes, to the last bit.
             divisor = self._step.plan.batch / (size * self._collective.world_size)
             scaled = value / divisor
-            (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
+            seed = _backward_seed(value)
+            (scaled if self._scaler is None else self._scaler.scale(scaled)).backward(seed)
         except Exception as error:
             # Once a synchronising backward pass has begun, other ranks may hold half of its all-reduces.
             if not is_out_of_memory(error) or (started and synchronises):
@@ -171,36 +174,32 @@ class Session:
             del error
             self._give_up(size)
             return None
-        self._meter.end_micro_batch(size=size, loss_scale=self._step.amp_scale / divisor)
-        self._step.done += 1
         mean = value.detach()
-        self._step.loss_sum += mean.double() * size
+        self._meter.end_micro_batch(size=size, loss=mean, loss_scale=self._step.amp_scale / divisor)
+        self._step.done += 1
         return mean
 
     def step(self) -> None:
-        """Exchange the step's sums, then update the weights on every rank, or on none."""
+        """Update the weights on every rank, or on none; exchange what was measured when it is time."""
         step = self._step
-        if step.plan is None or step.heard is not None:
+        if step.plan is None or step.finished:
             raise SessionError("step() belongs inside the loop over the session, once after a step's micro-batches")
         if step.done != len(step.spans) and step.rejected is None:
             raise SessionError(
                 f"step {self.step_number}: {step.done} of {len(step.spans)} micro-batches went through backward()"
             )
         if step.done == 0 or step.rejected is not None:
-            self._replica.take_part()
-        heard = self._exchange()
-        if heard.rejected:
-            self._redo_smaller(heard)
+            self._replica.take_part(spoil=step.rejected is not None)
+        reading = self._meter.read(grad_scale=step.amp_scale)
+        if (step.rejected is not None or not math.isfinite(reading.mean_grad_sq)) and not self._is_whole(reading):
             return
-        if step.carried is not None:
-            heard = heard.including(step.carried)
-        sample = self._sample(heard)
-        self._update_weights(sample)
-        self._record(sample)
-        if heard.plan is not None:
-            self._next = heard.plan
-        step.heard = heard
-        if self.samples_seen >= self._rules.total_samples:
+        factor = self.lr_factor
+        self._update_weights(factor)
+        step.finished = True
+        self._hear(self._exchange.add(self._own(reading, factor), stop=step.stop is not None))
+        if self.evaluation_due:
+            self._settle()
+        if self._is_last:
             # Before anything else of the user's is called: a metric that raises must not cost what was trained.
             self._checkpoint(why="the end")
 
@@ -211,11 +210,7 @@ class Session:
     @property
     def evaluation_due(self) -> bool:
         """Whether the step just finished is one after which the config asks for an evaluation."""
-        every, after = self.config.evaluation.every_samples, self.samples_seen
-        if after >= self._rules.total_samples:
-            return True
-        before = after - self._step.plan.batch
-        return every is not None and is_decision_point(before=before, after=after, every_samples=every)
+        return self._is_last or self._passed(self.config.evaluation.every_samples)
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write an evaluation's numbers to the run's folder."""
@@ -257,13 +252,12 @@ class Session:
             spans=plan.spans(self._collective.rank),
             measure=measure,
             amp_scale=1.0 if self._scaler is None else self._scaler.get_scale(),
-            loss_sum=torch.zeros((), dtype=torch.float64, device=self.worker.device),
             began=self.worker.now(),
             stop=self._step.stop,
-            carried=self._step.carried if self._step.redo else None,
+            again=self._step.redo,
         )
         self._meter.begin_step(measure=measure)
-        if self._step.carried is None:
+        if not self._step.again:
             self._replica.keep_buffers()
 
     def _micro_batches(self) -> Iterator[Any]:
@@ -280,53 +274,67 @@ class Session:
             if step.micro is not None:
                 raise SessionError("a micro-batch was passed over: call session.backward() once for each")
 
-    def _exchange(self) -> Announcement:
-        step = self._step
-        share = torch.zeros_like(step.loss_sum)
-        if step.rejected is None:  # in every step: a gradient that is not finite must not reach the weights
-            share = self._meter.mean_grad_sq_share(
-                rank=self._collective.rank, world_size=self._collective.world_size, grad_scale=step.amp_scale
-            )
-        # The step's one host synchronisation: three numbers come from the device.
-        weighted, mean_sq, loss_sum = torch.stack([self._meter.weighted_sq_sum, share, step.loss_sum]).tolist()
-        said = Announcement(
-            weighted_sq_sum=weighted,
-            mean_grad_sq=mean_sq,
-            loss_sum=loss_sum,
-            rejected=step.rejected is not None,
-            stop=step.stop is not None,
-        )
-        if self._collective.rank == 0:
-            said = self._history.speak(said, decided_at=self._due.pop(self.step_number, None))
-        return Announcement.decode(self._collective.sum(said.encode()))
+    def _is_whole(self, reading: Reading) -> bool:
+        """Find out together why the mean gradient is not finite, and whether the step may go on.
 
-    def _sample(self, heard: Announcement) -> GradSample:
-        step = self._step
-        loss = heard.loss_sum / step.plan.batch
-        finite = math.isfinite(loss) and math.isfinite(heard.mean_grad_sq) and math.isfinite(heard.weighted_sq_sum)
-        if not finite and self._scaler is None:
-            self._stop_on_non_finite(loss)
-        moments = None
-        if step.measure and finite:
-            moments = noise.moments_from_sums(
-                weighted_sq_sum=heard.weighted_sq_sum,
-                mean_grad_sq=heard.mean_grad_sq,
-                batch=step.plan.batch,
-                micro_batches=step.plan.num_micro_batches,
-            )
-        return GradSample(
-            step=self.step_number,
-            samples_seen=self.samples_seen + step.plan.batch,
-            batch=step.plan.batch,
-            micro_batches=step.plan.num_micro_batches,
-            loss=loss,
-            lr=self._base_lrs[0] * self.lr_factor,
-            grad_sq=None if moments is None else moments[0],
-            trace_cov=None if moments is None else moments[1],
+        Memory that ran out somewhere: the step begins again, smaller. A loss or a gradient that is not finite: the run
+        ends before it reaches the weights, unless an AMP scaler is there to pass over the step.
+        """
+        limits = [0.0] * self._collective.world_size
+        if self._step.rejected is not None:
+            limits[self._collective.rank] = 1.0 + self._step.rejected
+        *limits, loss_sum = self._collective.sum([*limits, self._loss_sum(reading)])
+        self._settle()
+        if any(limits):
+            self._redo_smaller([int(limit) - 1 for limit in limits])
+            return False
+        if self._scaler is None and not (math.isfinite(loss_sum) and self._meter.is_finite()):
+            self._stop_on_non_finite(loss_sum / self._step.plan.batch)
+        return True
+
+    def _loss_sum(self, reading: Reading) -> float:
+        """Over the samples of the micro-batches that this rank took."""
+        return sum(size * loss for (_, size), loss in zip(self._step.spans, reading.losses, strict=False))
+
+    def _own(self, reading: Reading, lr_factor: float) -> OwnStep:
+        """The step just finished, as this rank knows it."""
+        step, after = self._step, self.samples_seen
+        before = after - step.plan.batch
+        return OwnStep(
+            step=self.step_number - 1,
+            samples_seen=after,
+            plan=step.plan,
+            spans=[(before + offset, size) for offset, size in step.spans],
+            lr=self._base_lrs[0] * lr_factor,
+            measured=step.measure,
+            mean_grad_sq=reading.mean_grad_sq,
+            sums=StepSums(weighted_sq_sum=reading.weighted_sq_sum, loss_sum=self._loss_sum(reading)),
+            step_time_s=self.worker.now() - step.began,
+            decides=not self._is_last and self._passed(self._rules.every_samples),
         )
 
-    def _update_weights(self, sample: GradSample) -> None:
-        factor = self.lr_factor
+    @property
+    def _is_last(self) -> bool:
+        """Whether the step just finished ends the run."""
+        return self.samples_seen >= self._rules.total_samples
+
+    def _passed(self, every_samples: int | None) -> bool:
+        """Whether the step just finished passed a multiple of ``every_samples``."""
+        before = self.samples_seen - self._step.plan.batch
+        return every_samples is not None and is_decision_point(
+            before=before, after=self.samples_seen, every_samples=every_samples
+        )
+
+    def _settle(self) -> None:
+        """Collective. Exchange what waits, before what needs the controller to know all."""
+        self._hear(self._exchange.settle(stop=self._step.stop is not None))
+
+    def _hear(self, heard: Announcement) -> None:
+        self._asked = self._asked.or_else(heard)
+        if heard.plan is not None:
+            self._next = heard.plan
+
+    def _update_weights(self, factor: float) -> None:
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)
@@ -342,27 +350,14 @@ class Session:
             self._scaler.step(self.optimizer)
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.samples_seen = sample.samples_seen
+        self.samples_seen += self._step.plan.batch
         self.step_number += 1
 
-    def _record(self, sample: GradSample) -> None:
-        step = self._step
-        before = sample.samples_seen - sample.batch
-        event = GradMeasured(sample=sample, step_time_s=self.worker.now() - step.began)
-        decides = sample.samples_seen < self._rules.total_samples and is_decision_point(
-            before=before, after=sample.samples_seen, every_samples=self._rules.every_samples
-        )
-        if decides:
-            self._due[sample.step + self._rules.lag_steps] = sample.step
-        taken = [(before + offset, size) for offset, size in step.spans]
-        self._history.step(event, plan=step.plan, spans=taken, decides=decides)
-
     def _at_boundary(self) -> None:
-        heard = self._step.heard
-        assert heard is not None, "step() hears before a boundary is reached"
-        before = self.samples_seen - self._step.plan.batch
-        every = self.config.checkpoint.every_samples
-        due = every is not None and is_decision_point(before=before, after=self.samples_seen, every_samples=every)
+        due = self._passed(self.config.checkpoint.every_samples) and not self._is_last
+        if due:
+            self._settle()
+        heard, self._asked = self._asked, Announcement()
         if heard.hold:
             path = self._checkpoint(why="resize")
             if path is not None:
@@ -370,7 +365,7 @@ class Session:
                 self.worker.hold(path)
             else:
                 self._history.hold_failed()
-        elif (due or heard.save) and self.samples_seen < self._rules.total_samples:
+        elif due or (heard.save and not self._is_last):
             path = self._checkpoint(why="asked for" if heard.save else "regular")
             if path is not None:
                 self.worker.report_checkpoint(path)
@@ -378,7 +373,8 @@ class Session:
             self._stop = self._step.stop or "another rank was asked to stop"
 
     def _end(self) -> None:
-        self.finished = self.samples_seen >= self._rules.total_samples
+        self._settle()
+        self.finished = self._is_last
         path = self._history.end(
             step=self.step_number, samples_seen=self.samples_seen, finished=self.finished, reason=self._stop
         )
@@ -404,17 +400,12 @@ class Session:
         if self.worker.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _redo_smaller(self, heard: Announcement) -> None:
-        limits = [-1.0] * self._collective.world_size
-        if self._collective.rank != 0:
-            limits = [0.0] * self._collective.world_size
-        if self._step.rejected is not None:
-            limits[self._collective.rank] += 1.0 + self._step.rejected
-        said = [int(x) for x in self._collective.sum(limits)]
-        limit = min(x for x in said if x >= 0)
+    def _redo_smaller(self, limits: list[int]) -> None:
+        """``limits`` by rank: the most samples to try next, negative where memory sufficed."""
+        limit = min(x for x in limits if x >= 0)
         if limit == 0:
             raise SessionError(
-                f"rank {said.index(0)}: a micro-batch of one sample does not fit in memory; use a smaller model or "
+                f"rank {limits.index(0)}: a micro-batch of one sample does not fit in memory; use a smaller model or "
                 "sample, or a device with more memory"
             )
         self._replica.restore_buffers()
@@ -423,11 +414,10 @@ class Session:
         )
         self.optimizer.zero_grad(set_to_none=True)
         self._adopt(planned.now)
-        if self._next is not None or heard.plan is not None:
+        if self._next is not None:
             # The decision on its way was cut for micro-batches that are now known not to fit.
             self._next = planned.pending
         self._step.redo = True
-        self._step.carried = heard if self._step.carried is None else heard.including(self._step.carried)
 
     def _stop_on_non_finite(self, loss: float) -> None:
         first, last = self.samples_seen, self.samples_seen + self._step.plan.batch - 1
@@ -443,6 +433,7 @@ class Session:
         )
 
     def _checkpoint(self, *, why: str) -> str | None:
+        self._settle()
         try:
             return self._history.save(step=self.step_number, samples_seen=self.samples_seen, why=why)
         except CheckpointError as error:
@@ -461,6 +452,16 @@ def _check_loss(loss: Any) -> None:
         )
 
 
+def _backward_seed(loss: Tensor) -> Tensor | None:
+    """One, which is what autograd begins with by itself; NaN for a loss that is not finite.
+
+    Every rank then sees such a loss in the mean gradient, even one whose own gradient is finite.
+    """
+    if loss.device.type == "cpu" and math.isfinite(loss.item()):
+        return None
+    return loss.detach() * 0 + 1  # a device is not waited for
+
+
 def _check_same_length(size: int, collective: Collective) -> None:
     mine = [0.0] * collective.world_size
     mine[collective.rank] = float(size)
@@ -476,12 +477,11 @@ class _StepState:
     """What is known of the step at hand; begun afresh for each."""
 
     __slots__ = (
+        "again",
         "amp_scale",
         "began",
-        "carried",
         "done",
-        "heard",
-        "loss_sum",
+        "finished",
         "measure",
         "micro",
         "plan",
@@ -498,21 +498,19 @@ class _StepState:
         spans: tuple[tuple[int, int], ...] = (),
         measure: bool = False,
         amp_scale: float = 1.0,
-        loss_sum: Tensor | None = None,
         began: float = 0.0,
         stop: str | None = None,
-        carried: Announcement | None = None,
+        again: bool = False,
     ) -> None:
         self.plan: BatchPlan = plan  # type: ignore[assignment]  # only the state before the first step has none
         self.spans = spans
         self.measure = measure
         self.amp_scale = amp_scale
-        self.loss_sum: Tensor = loss_sum  # type: ignore[assignment]  # as above
         self.began = began
         self.stop = stop
         self.micro: tuple[int, bool] | None = None  # size and whether it is the last, until backward() takes it
         self.done = 0
         self.rejected: int | None = None  # the most samples to try next, after memory ran out here
-        self.redo = False
-        self.heard: Announcement | None = None
-        self.carried = carried  # what was asked in the same step before it had to be done again
+        self.redo = False  # memory ran out: the same samples come again
+        self.again = again  # they came before
+        self.finished = False

@@ -37,18 +37,17 @@ class Stream:
     def indices(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The dataset indices, shape and order of ``positions`` (integers >= 0)."""
         p = np.asarray(positions, dtype=np.int64)
-        if p.size and int(p.min()) < 0:
-            raise ValueError(f"stream positions start at 0, got {int(p.min())}")
+        lowest = int(p.min()) if p.size else 0
+        if lowest < 0:
+            raise ValueError(f"stream positions start at 0, got {lowest}")
+        if self.shuffle and p.ndim == 1 and 0 < p.size < _CHUNK and int(p[-1]) - int(p[0]) == p.size - 1:
+            return self._nearby(p, lowest)
         epochs, offsets = np.divmod(p, self.size)
-        if not self.shuffle:
-            return offsets
-        if p.ndim == 1 and 0 < p.size < _CHUNK and int(p[-1]) - int(p[0]) == p.size - 1:
-            return self._nearby(p)
-        return _permute(offsets, epochs, size=self.size, seed=self.seed)
+        return _permute(offsets, epochs, size=self.size, seed=self.seed) if self.shuffle else offsets
 
-    def _nearby(self, p: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _nearby(self, p: npt.NDArray[np.int64], lowest: int) -> npt.NDArray[np.int64]:
         """A short run of positions, as micro-batches ask for: taken from whole chunks, which numpy computes as fast."""
-        first, last = int(p.min()) // _CHUNK, int(p.max()) // _CHUNK
+        first, last = lowest // _CHUNK, int(p.max()) // _CHUNK
         chunks = [_chunk(self, number) for number in range(first, last + 1)]
         whole = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
         return whole[p - first * _CHUNK]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -201,6 +202,7 @@ def _compact(blocks: tuple[Block, ...], block_samples: int, settings: NoiseSetti
     return pairs, max(2 * block_samples, int(sum(pair[1] for pair in pairs) / len(pairs)))
 
 
+@lru_cache(maxsize=4)  # the controller and the run's lines ask for the same; it takes as long as many small steps' rest
 def stats(state: NoiseState, settings: NoiseSettings) -> NoiseStats:
     """The noise scale with its interval and verdict, estimate and interval from the same weighted block means.
 

@@ -11,16 +11,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from orchestrator.errors import SessionError
 from orchestrator.ports import BrainRecord, Commands, Welcome
-from orchestrator.types import Action, Event, GradMeasured
+from orchestrator.types import Action, ApplyPlan, Event, GradMeasured
 
 _CAPACITY = 4096  # events; far more than fit between two decisions, so only a dead controller fills it
 _ANSWERS_KEPT = 1024
 _PATIENCE_S = 300.0
+_TOGETHER_S = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class Mailbox:
         self._state: str | None = None
         self._tail: deque[Posted] = deque()
         self._waiting = False
-        self._samples_seen = 0
+        self._samples_seen: int | None = None
         self._rate: float | None = None  # samples per second, lately
         self._last_s = time.monotonic()
 
@@ -119,7 +120,13 @@ class Mailbox:
     def replan(self, event: Event) -> Welcome:
         with self._changed:
             posted = self._numbered(event)
-        return self._ask(Posted(number=posted.number, event=event, replan=True))
+        welcome = self._ask(Posted(number=posted.number, event=event, replan=True))
+        with self._changed:
+            # A decision that came before, and is announced after, is cut as the new plan is.
+            for step, action in self._answers.items():
+                if welcome.pending is not None and isinstance(action, ApplyPlan):
+                    self._answers[step] = replace(welcome.pending, reason=action.reason)
+        return welcome
 
     def hold_failed(self) -> None:
         with self._changed:
@@ -198,15 +205,18 @@ class Mailbox:
 
     def _pace(self, event: GradMeasured) -> None:
         now, seen = time.monotonic(), event.sample.samples_seen
-        rate = event.sample.batch / max(now - self._last_s, 1e-6)
-        self._rate = rate if self._rate is None else 0.8 * self._rate + 0.2 * rate
+        if self._samples_seen is not None:
+            if now - self._last_s < _TOGETHER_S:
+                return  # short steps are posted several at once
+            rate = (seen - self._samples_seen) / (now - self._last_s)
+            self._rate = rate if self._rate is None else 0.8 * self._rate + 0.2 * rate
         self._last_s, self._samples_seen = now, seen
 
     def _due_in_s(self) -> float | None:
         """Time until the next decision point at the present pace; nothing to wait for while somebody waits."""
         if self._waiting:
             return 0.0
-        if self._rate is None:
+        if self._rate is None or self._samples_seen is None:
             return None
         missing = self._every_samples - self._samples_seen % self._every_samples
         return max(0.0, missing / self._rate - (time.monotonic() - self._last_s))

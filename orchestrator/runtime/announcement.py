@@ -1,37 +1,45 @@
-"""What the ranks tell each other in the one small all-reduce of a step.
+"""What the ranks tell each other now and then, in one small all-reduce: requests, and the sums of the steps since.
 
-Every rank adds its sums and its wishes to stop; rank zero adds what the controller asked for. Summed, the vector
-says the same to all, so that all adopt a plan, save or stop at the same step.
+Every rank adds its sums and its wish to stop; rank zero adds what the controller asked for. Summed, the vector says the
+same to all, so that all adopt a plan, save or stop at the same step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.types import ApplyPlan, BatchPlan, Target
+
+_HEAD = 13
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSums:
+    """Of one step: one rank's part, or the sum of all parts."""
+
+    weighted_sq_sum: float  # sum over micro-batches of b_i |g_i|^2
+    loss_sum: float  # over samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
     """One rank's part, or the sum of all parts."""
 
-    weighted_sq_sum: float = 0.0  # sum over micro-batches of b_i |g_i|^2
-    mean_grad_sq: float = 0.0  # |mean gradient|^2
-    loss_sum: float = 0.0  # over samples
-    rejected: bool = False  # a micro-batch ran out of memory
     stop: bool = False
     hold: bool = False  # save, then wait to be resized
     save: bool = False
+    rest_steps: int = 0  # so many steps may pass without an exchange
     plan: ApplyPlan | None = None
+    sums: tuple[StepSums, ...] = ()
 
     def encode(self) -> list[float]:
-        head = [self.weighted_sq_sum, self.mean_grad_sq, self.loss_sum]
-        flags = [float(self.rejected), float(self.stop), float(self.hold), float(self.save)]
+        flags = [float(self.stop), float(self.hold), float(self.save), float(self.rest_steps)]
+        sums = [number for step in self.sums for number in (step.weighted_sq_sum, step.loss_sum)]
         if self.plan is None:
-            return head + flags + [0.0] * 9
+            return flags + [0.0] * (_HEAD - len(flags)) + sums
         plan, noise_scale = self.plan.plan, self.plan.target.noise_scale
         return [
-            *head,
             *flags,
             1.0,
             float(plan.generation),
@@ -42,24 +50,24 @@ class Announcement:
             self.plan.lr_factor,
             float(noise_scale is not None),
             0.0 if noise_scale is None else noise_scale,
+            *sums,
         ]
 
     @staticmethod
-    def decode(values: list[float]) -> Announcement:
-        weighted, mean_sq, loss_sum, rejected, stop, hold, save, has_plan = values[:8]
+    def decode(values: Sequence[float]) -> Announcement:
+        stop, hold, save, rest_steps, has_plan = values[:5]
+        numbers = iter(values[_HEAD:])
         said = Announcement(
-            weighted_sq_sum=weighted,
-            mean_grad_sq=mean_sq,
-            loss_sum=loss_sum,
-            rejected=rejected > 0,
             stop=stop > 0,
             hold=hold > 0,
             save=save > 0,
+            rest_steps=int(rest_steps),
+            sums=tuple(StepSums(weighted_sq_sum=w, loss_sum=loss) for w, loss in zip(numbers, numbers, strict=True)),
         )
         if not has_plan:
             return said
-        generation, world_size, batch, micro_batch, step = (int(v) for v in values[8:13])
-        factor, noise_known, noise_scale = values[13:]
+        generation, world_size, batch, micro_batch, step = (int(v) for v in values[5:10])
+        factor, noise_known, noise_scale = values[10:_HEAD]
         plan = BatchPlan(generation=generation, world_size=world_size, batch=batch, micro_batch=micro_batch)
         target = Target(batch=batch, noise_scale=noise_scale if noise_known else None)
         return replace(
@@ -67,11 +75,11 @@ class Announcement:
             plan=ApplyPlan(plan=plan, target=target, lr_factor=factor, effective_step=step, reason="announced"),
         )
 
-    def including(self, earlier: Announcement) -> Announcement:
-        """The requests of ``earlier`` too: it was heard in a step that had to be done again."""
-        return replace(
-            self,
-            stop=self.stop or earlier.stop,
-            hold=self.hold or earlier.hold,
-            save=self.save or earlier.save,
+    def or_else(self, other: Announcement) -> Announcement:
+        """What either asks for, with ``other``'s plan if it has one; the sums were taken in by then."""
+        return Announcement(
+            stop=self.stop or other.stop,
+            hold=self.hold or other.hold,
+            save=self.save or other.save,
+            plan=self.plan if other.plan is None else other.plan,
         )

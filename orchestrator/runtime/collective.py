@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -18,6 +18,9 @@ class Solo:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
+
+    def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        return lambda: list(values)
 
     def share(self, value: Any) -> Any:
         return value
@@ -40,9 +43,17 @@ class ProcessGroupCollective:
         self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def sum(self, values: Sequence[float]) -> list[float]:
+        return self.start_sum(values)()
+
+    def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.group)
-        result: list[float] = tensor.tolist()
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+
+        def result() -> list[float]:
+            work.wait()
+            found: list[float] = tensor.tolist()
+            return found
+
         return result
 
     def share(self, value: Any) -> Any:

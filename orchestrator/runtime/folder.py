@@ -32,13 +32,14 @@ class RunWriter:
         self.attempt = attempt
         self._files: dict[str, TextIO] = {}
 
-    def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add one line, flushed, so that a reader or a crash sees whole lines but for the last."""
+    def append(self, name: str, *rows: Mapping[str, Any]) -> None:
+        """Add a line for each row, flushed, so that a reader or a crash sees whole lines but for the last."""
         try:
             if name not in self._files:
                 self._files[name] = _open_for_append(self.folder / name)
             file = self._files[name]
-            file.write(json.dumps({"attempt": self.attempt} | {k: _known(v) for k, v in row.items()}) + "\n")
+            lines = (json.dumps({"attempt": self.attempt} | {k: _known(v) for k, v in row.items()}) for row in rows)
+            file.write("".join(line + "\n" for line in lines))
             file.flush()
         except OSError as error:
             raise StorageError(

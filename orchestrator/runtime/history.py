@@ -57,6 +57,16 @@ class Resumed:
     pending: ApplyPlan | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedStep:
+    """A step as all ranks together made it; ``spans`` is what this rank took of it: (first position, size)."""
+
+    measured: GradMeasured
+    plan: BatchPlan
+    spans: Sequence[tuple[int, int]]
+    decides: bool
+
+
 def run_folder(config: RunConfig) -> Path:
     return Path(config.run.dir) / config.run.name
 
@@ -80,7 +90,7 @@ class History:
         self._optimizer = optimizer
         self._rules = rules
         self._folder = run_folder(config)
-        self._stop_request = str(self._folder / folder.STOP_REQUEST)  # looked for at every step
+        self._stop_request = str(self._folder / folder.STOP_REQUEST)  # looked for at every exchange
         self._store = CheckpointStore(
             self._folder / "checkpoints", keep=config.checkpoint.keep, collective=worker.collective
         )
@@ -146,19 +156,19 @@ class History:
             self._announce_start(welcome, path, step=step, samples_seen=samples_seen)
         return Resumed(step=step, samples_seen=samples_seen, now=welcome.now, pending=welcome.pending)
 
-    def speak(self, said: Announcement, *, decided_at: int | None) -> Announcement:
-        """Rank zero's announcement of this step: the decision that is due, and what was asked meanwhile.
+    def speak(self, said: Announcement, *, decided_at: Sequence[int], rest_steps: int) -> Announcement:
+        """Rank zero's announcement: the decisions that are due, and what was asked meanwhile.
 
-        Waits for the decision if its answer is late.
+        Waits for a decision whose answer is late.
         """
         commands = self._brain.commands()
         for note in commands.notes:
             self._note(note, step=None, samples_seen=None)
         plan = None
-        if decided_at is not None:
-            action = self._brain.answer(decided_at)
-            self._decision(decided_at, action)
-            plan = action if isinstance(action, ApplyPlan) else None
+        for step in decided_at:
+            action = self._brain.answer(step)
+            self._decision(step, action)
+            plan = action if isinstance(action, ApplyPlan) else plan
         requested = os.path.exists(self._stop_request)
         return replace(
             said,
@@ -166,22 +176,30 @@ class History:
             stop=said.stop or commands.stop is not None or requested,
             hold=commands.hold is not None,
             save=commands.save is not None,
+            rest_steps=rest_steps,
         )
 
-    def step(self, measured: GradMeasured, *, plan: BatchPlan, spans: Sequence[tuple[int, int]], decides: bool) -> None:
-        """Collective when the ledger is kept. Take in a finished step."""
-        sample = measured.sample
+    def steps(self, finished: Sequence[FinishedStep]) -> None:
+        """Collective when the ledger is kept. Take in finished steps, in order."""
         if self._config.ledger:
-            taken = self._worker.collective.gather(list(spans))
-            self._append(folder.LEDGER, {"step": sample.step, "samples_seen": sample.samples_seen, "ranks": taken})
-        if self._writer is None:
-            return
+            taken = self._worker.collective.gather([list(step.spans) for step in finished])
+            lines = [
+                {"step": sample.step, "samples_seen": sample.samples_seen, "ranks": [spans[i] for spans in taken]}
+                for i, sample in enumerate(step.measured.sample for step in finished)
+            ]
+            self._append(folder.LEDGER, *lines)
+        if self._writer is not None:
+            self._append(folder.METRICS, *map(self._take_in, finished))
+
+    def _take_in(self, finished: FinishedStep) -> Mapping[str, Any]:
+        """Hand a step to the controller; its line."""
+        measured, plan, sample = finished.measured, finished.plan, finished.measured.sample
         self._brain.post(measured)
         self._noise = noise.absorb(self._noise, sample, self._rules.noise)
         if measured.step_time_s is not None and (outcome := self._outlook.saw(measured.step_time_s, plan)):
             self._say_outcome(outcome, step=sample.step, samples_seen=sample.samples_seen)
-        stats = self._fresh_stats(decides=decides)
-        if decides:
+        stats = self._fresh_stats(decides=finished.decides)
+        if finished.decides:
             self._decided_from[sample.step] = (sample.samples_seen, stats)
         row = {
             "step": sample.step,
@@ -202,9 +220,9 @@ class History:
             "step_time_s": measured.step_time_s,
             "samples_per_s": sample.batch / measured.step_time_s if measured.step_time_s else None,
         }
-        self._append(folder.METRICS, row)
         if self._board is not None:
             self._board.add(row, now=self._worker.now())
+        return row
 
     def _fresh_stats(self, *, decides: bool) -> NoiseStats:
         """The noise statistics for this step's line: made anew at every decision, and repeated in between.
@@ -334,9 +352,9 @@ class History:
         assert self._worker.brain is not None, "only rank zero talks to the controller"
         return self._worker.brain
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+    def _append(self, name: str, *rows: Mapping[str, Any]) -> None:
         if self._writer is not None:
-            self._writer.append(name, row)
+            self._writer.append(name, *rows)
 
     def _decision(self, step: int, action: Action) -> None:
         """Write down the decision of ``step``, unless a checkpoint did so before it was due."""

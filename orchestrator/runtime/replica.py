@@ -1,11 +1,12 @@
 """One rank's copy of the model, kept equal to the others by DistributedDataParallel.
 
-DDP expects every rank to run one synchronising backward pass a step. A rank whose run is empty, or whose micro-batch
-ran out of memory, takes part with a loss of zero that touches every parameter, so that nobody waits for it.
+DDP expects every rank to run one synchronising backward pass a step. A rank whose run is empty takes part with a loss
+of zero that touches every parameter, so that nobody waits for it; one whose micro-batch ran out of memory, with NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
@@ -30,7 +31,7 @@ class _Participant(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is _TAKE_PART:
-            return sum((p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad), torch.zeros(()))
+            return sum((p.sum() * args[1] for p in self.model.parameters() if p.requires_grad), torch.zeros(()))
         try:
             return self.model(*args, **kwargs)
         except Exception:
@@ -55,6 +56,7 @@ class Replica:
                 participant,
                 device_ids=[device] if device.type == "cuda" else None,
                 find_unused_parameters=find_unused_parameters,
+                gradient_as_bucket_view=True,  # the sums stay where they were made: a copy less, the same bits
             )
             participant.on_failure = self._buffers_were_sent
 
@@ -85,8 +87,8 @@ class Replica:
         assert self._ddp is not None
         self._ddp.require_forward_param_sync = False
 
-    def take_part(self) -> None:
-        """Join the step's all-reduce with a gradient of zero."""
+    def take_part(self, *, spoil: bool) -> None:
+        """Join the step's all-reduce with a gradient of zero, or of NaN, which tells all that the step is not whole."""
         if self._ddp is not None:
-            loss: Tensor = self._ddp(_TAKE_PART)
+            loss: Tensor = self._ddp(_TAKE_PART, math.nan if spoil else 0.0)
             loss.backward()

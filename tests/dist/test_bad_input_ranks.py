@@ -86,6 +86,8 @@ def train(
                         value.register_hook(starve)
                     if kind == "NaN":
                         value = value * float("nan")
+                    if kind == "infinite beside a finite gradient":
+                        value = value + float("inf")
                     return value
 
                 session.backward(loss)
@@ -236,15 +238,17 @@ def test_a_sample_that_one_rank_cannot_read_ends_all_ranks_and_is_named(tmp_path
     assert f"stream position {position} (dataset index {index})" in found[1][2]
     assert "broken jpeg" in found[1][2]
     assert all(took_s < PROMPT_S and kind for took_s, kind, _ in found)
-    assert len(rows_of(tmp_path, "step")) == 2
+    # Both steps before it were taken; the line of the second may still have waited for its exchange.
+    assert rows_of(tmp_path, "step") in ([(0,)], [(0,), (1,)])
     assert ledger.verify(tmp_path / "run").violation is None
 
 
+@pytest.mark.parametrize("kind", ["NaN", "infinite beside a finite gradient"])
 @pytest.mark.parametrize("guilty", [0, 1])
-def test_a_nan_on_one_rank_is_the_same_error_on_all_and_the_weights_before_are_saved(
-    tmp_path: Path, guilty: int
+def test_a_loss_of_one_rank_that_is_not_finite_is_an_error_on_all_and_the_weights_before_are_saved(
+    tmp_path: Path, guilty: int, kind: str
 ) -> None:
-    found = run_fleet(prompt, 2, oom, str(tmp_path), Fault("NaN", rank=guilty, micro=3))
+    found = run_fleet(prompt, 2, oom, str(tmp_path), Fault(kind, rank=guilty, micro=3))
     assert found[0][1:] == found[1][1:]
     _, kind, told = found[0]
     assert kind == "NonFiniteError"

@@ -76,9 +76,12 @@ def run(tmp_path: Path) -> Run:
 def test_a_decision_is_told_only_where_it_changes_the_batch(run: Run) -> None:
     run.event("started")
     assert run.event("decision", target_batch=32, reason="keep 32") == []
-    assert run.event("decision", target_batch=64, reason="noise") == ["batch 32 -> 64 at 1,024 samples: noise"]
+    grown = run.event("decision", target_batch=64, reason="noise", effective_step=9)
+    assert grown == ["batch 32 -> 64 at 1,024 samples: noise"]
+    assert run.event("decision", target_batch=32, reason="keep 32: batch 64 takes effect at step 9") == []
     assert run.event("decision", target_batch=64, reason="keep 64") == []
-    assert run.event("decision", target_batch=48, reason="less") == ["batch 64 -> 48 at 1,024 samples: less"]
+    less = run.event("decision", target_batch=48, reason="less", effective_step=19)
+    assert less == ["batch 64 -> 48 at 1,024 samples: less"]
 
 
 def test_advice_is_told_when_it_changes(run: Run) -> None:

@@ -90,7 +90,7 @@ def test_a_run_says_what_it_did_and_where_to_look(tmp_path: Path, capfd: pytest.
     assert sum(line.startswith("held out at ") for line in lines) == 2
     assert not any("keep" in line for line in lines)
     ending = "\n".join(lines[-5:])
-    assert "2,560 samples in 45 steps, batch 32 to 64, 1 worker." in ending
+    assert "2,560 samples in 46 steps, batch 32 to 64, 1 worker." in ending
     assert "Held out: loss " in ending
     assert f"groundswell plot {tmp_path / 'run'}" in ending
     assert f"tensorboard --logdir {tmp_path / 'run' / 'tensorboard'}" in ending

@@ -52,7 +52,7 @@ def test_four_sections_are_enough_and_the_rest_has_defaults(minimal: Path) -> No
     assert (config.run.dir, config.run.seed) == ("runs", 0)
     assert (config.batch.min, config.batch.max) == (32, 512)
     assert (config.workers.initial, config.workers.max, config.workers.when) == (1, 1, "saves_time")
-    assert (config.controller.mode, config.controller.policy, config.controller.lag_steps) == ("act", "noise_scale", 2)
+    assert (config.controller.mode, config.controller.policy, config.controller.lag_steps) == ("act", "noise_scale", 4)
     assert config.evaluation.every_samples is None
     assert config.checkpoint.keep == 2
     assert config.recovery.max_failures == 3

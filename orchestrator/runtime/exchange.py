@@ -1,0 +1,140 @@
+"""When the ranks exchange what they measured, and what is made of it.
+
+Training itself needs no exchange but the gradient's: whether a step may be taken, each rank reads from the mean
+gradient, which all have alike. The sums of finished steps are therefore kept on each rank and exchanged together: at
+every step when steps are long, twice a second when they are short, and always where a decision, a checkpoint or
+an evaluation needs them. How often is rank zero's to say, from its clock; the decisions do not depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from orchestrator.core import noise
+from orchestrator.ports import Collective
+from orchestrator.runtime.announcement import Announcement, StepSums
+from orchestrator.runtime.history import FinishedStep, History
+from orchestrator.types import BatchPlan, GradMeasured, GradSample
+
+_EVERY_S = 0.5  # what a person at the terminal, or one who asks for a stop, does not feel
+_MOST_STEPS = 16  # enough for the cost to vanish, and few if steps should suddenly become long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnStep:
+    """A finished step as one rank knows it: what all have alike, and ``sums``, its own part."""
+
+    step: int
+    samples_seen: int  # after it
+    plan: BatchPlan
+    spans: Sequence[tuple[int, int]]  # what this rank took: (first position, size)
+    lr: float
+    measured: bool
+    mean_grad_sq: float
+    sums: StepSums
+    step_time_s: float
+    decides: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """An exchange that has begun."""
+
+    steps: list[OwnStep]
+    result: Callable[[], list[float]]
+
+
+@final
+class Exchange:
+    """Collects finished steps. All ranks make the same calls, and get the same answers."""
+
+    def __init__(self, collective: Collective, history: History, *, lag_steps: int, act: bool) -> None:
+        self._collective = collective
+        self._history = history
+        self._lag_steps = lag_steps
+        self._act = act  # else a decision changes nothing, and no exchange is made for it
+        self._waiting: list[OwnStep] = []
+        self._under_way: _UnderWay | None = None
+        self._rest_steps = 0
+        self._announces: dict[int, int] = {}  # step whose exchange announces a decision -> step at which it was taken
+
+    def add(self, step: OwnStep, *, stop: bool) -> Announcement:
+        """Collective. Take in a finished step; what is heard at its end.
+
+        An exchange begins at the end of one step and is heard at the end of the next, so that nobody waits for it.
+        """
+        heard = self._finish()
+        self._waiting.append(step)
+        if step.decides:
+            # Early enough to be heard at the end of the last step before it takes effect.
+            self._announces[step.step + max(1, self._lag_steps - 1)] = step.step
+        announces = self._act and step.step in self._announces
+        if announces or step.decides or len(self._waiting) > self._rest_steps:
+            self._begin(stop=stop)
+            if self._collective.world_size == 1 or (announces and self._lag_steps == 1):
+                heard = heard.or_else(self._finish())
+        return heard
+
+    def settle(self, *, stop: bool) -> Announcement:
+        """Collective. Exchange all that waits now: what follows needs the controller to know it."""
+        heard = self._finish()
+        if self._waiting:
+            self._begin(stop=stop)
+            heard = heard.or_else(self._finish())
+        return heard
+
+    def _begin(self, *, stop: bool) -> None:
+        steps, self._waiting = self._waiting, []
+        due = [self._announces.pop(s) for s in sorted(self._announces) if s <= steps[-1].step]
+        said = Announcement(stop=stop, sums=tuple(step.sums for step in steps))
+        if self._collective.rank == 0:
+            said = self._history.speak(said, decided_at=due, rest_steps=self._rest(steps))
+        self._under_way = _UnderWay(steps, self._collective.start_sum(said.encode()))
+
+    def _finish(self) -> Announcement:
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return Announcement()
+        heard = Announcement.decode(under_way.result())
+        self._rest_steps = heard.rest_steps
+        pairs = zip(under_way.steps, heard.sums, strict=True)
+        self._history.steps([_finished(step, sums) for step, sums in pairs])
+        return heard
+
+    def _rest(self, steps: Sequence[OwnStep]) -> int:
+        """How many steps may pass before the next exchange. One process has nobody to wait for."""
+        if self._collective.world_size == 1 or not steps:
+            return 0
+        mean_s = sum(step.step_time_s for step in steps) / len(steps)
+        return min(_MOST_STEPS, int(_EVERY_S / max(mean_s, 1e-6))) - 1
+
+
+def _finished(step: OwnStep, sums: StepSums) -> FinishedStep:
+    batch, micro_batches = step.plan.batch, step.plan.num_micro_batches
+    moments = None
+    if step.measured and math.isfinite(step.mean_grad_sq) and math.isfinite(sums.weighted_sq_sum):
+        moments = noise.moments_from_sums(
+            weighted_sq_sum=sums.weighted_sq_sum,
+            mean_grad_sq=step.mean_grad_sq,
+            batch=batch,
+            micro_batches=micro_batches,
+        )
+    sample = GradSample(
+        step=step.step,
+        samples_seen=step.samples_seen,
+        batch=batch,
+        micro_batches=micro_batches,
+        loss=sums.loss_sum / batch,
+        lr=step.lr,
+        grad_sq=None if moments is None else moments[0],
+        trace_cov=None if moments is None else moments[1],
+    )
+    return FinishedStep(
+        measured=GradMeasured(sample=sample, step_time_s=step.step_time_s),
+        plan=step.plan,
+        spans=step.spans,
+        decides=step.decides,
+    )
