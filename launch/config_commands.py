@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from launch.bundled import describe, find_config, list_configs
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config, to_yaml
+from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.errors import ConfigError
 
 

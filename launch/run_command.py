@@ -21,8 +21,7 @@ from launch.jobs import Interrupts, Job, quiet_libraries
 from launch.live import duration, say, show
 from launch.progress import Progress, counted, metrics_text
 from launch.ray_cluster import add_working_directory
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
 

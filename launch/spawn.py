@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.jobs import WorkersError
-from orchestrator.config import RunConfig
-from orchestrator.config_file import to_yaml
+from orchestrator.config import RunConfig, to_yaml
 from orchestrator.errors import SessionError
 from orchestrator.runtime import folder
 

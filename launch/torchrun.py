@@ -23,8 +23,7 @@ from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.run_command import EXIT_FAILED, EXIT_REFUSED, run_dir_override, summary
 from launch.spawn import OTHERS, OURS, said_line
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import ConfigError, GroundswellError, SessionError
 from orchestrator.runtime import folder
 

@@ -11,7 +11,7 @@ from typing import Any
 
 _WHERE = {
     "RunConfig": "orchestrator.config",
-    "load_config": "orchestrator.config_file",
+    "load_config": "orchestrator.config",
     "Session": "orchestrator.session",
     "Task": "orchestrator.tasks.protocol",
     "Worker": "orchestrator.runtime.worker",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, TaskError
 from orchestrator.registry import resolve
-from orchestrator.runtime.loader import move
+from orchestrator.runtime.transfer import move
 from orchestrator.runtime.worker import Worker
 from orchestrator.session import Session
 from orchestrator.tasks.protocol import Task, build_task, check_task, collate_of

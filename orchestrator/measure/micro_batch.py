@@ -63,11 +63,10 @@ class GradMeter:
     Parameters without a gradient count as zero.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, device: torch.device) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._small_parameters = [p for p in self._parameters if _is_small(p)]
         self._large_parameters = [p for p in self._parameters if not _is_small(p)]
-        self._device = device
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._small: list[Tensor] = []  # gradients of the micro-batch at hand, let go at its end
         self._norms: list[Tensor] = []  # of larger ones, which must not be kept

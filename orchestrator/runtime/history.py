@@ -18,8 +18,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from orchestrator.config import RunConfig
-from orchestrator.config_file import to_yaml
+from orchestrator.config import RunConfig, to_yaml
 from orchestrator.core import codec, noise
 from orchestrator.core.controller import Rules
 from orchestrator.errors import CheckpointError, StorageError

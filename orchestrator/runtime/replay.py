@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config_file import load_config
+from orchestrator.config import load_config
 from orchestrator.core import codec, controller
 from orchestrator.errors import RunFolderError
 from orchestrator.runtime import folder

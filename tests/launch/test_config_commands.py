@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from launch.bundled import describe, find_config, list_configs
 from launch.config_commands import config_group
-from orchestrator.config_file import load_config
+from orchestrator.config import load_config
 from orchestrator.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

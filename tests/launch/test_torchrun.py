@@ -17,8 +17,7 @@ import pytest
 from launch.jobs import WorkersError
 from launch.run_command import run
 from launch.spawn import _failure, said_line
-from orchestrator.config import RunConfig
-from orchestrator.config_file import to_yaml
+from orchestrator.config import RunConfig, to_yaml
 from orchestrator.errors import SessionError
 from orchestrator.runtime import folder
 from orchestrator.runtime.ledger import verify

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.config_file import to_yaml
+from orchestrator.config import to_yaml
 from orchestrator.runtime import folder
 from orchestrator.runtime.replay import recomputed, recorded
 from tests.support import config

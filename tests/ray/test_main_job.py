@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config_file import load_config
+from orchestrator.config import load_config
 from orchestrator.runtime import folder
 from orchestrator.runtime.ledger import verify
 

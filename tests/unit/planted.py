@@ -18,8 +18,8 @@ from orchestrator.core.controller import ControllerState, Rules
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings, moments
 from orchestrator.core.planner import WorkerLimits
-from orchestrator.core.policies import Policy, PolicySettings, build_policy
-from orchestrator.types import Action, ApplyPlan, Event, GradMeasured, GradSample
+from orchestrator.core.policies import Policy, PolicyInputs, PolicySettings, build_policy
+from orchestrator.types import Action, ApplyPlan, Decision, Event, GradMeasured, GradSample, Keep, RequestWorkers
 
 COOLDOWN = 4096
 EVERY = 1024
@@ -188,3 +188,48 @@ def quadratic(
 def plateau_ratio(curvatures: list[float], *, lr: float = 1.0) -> float:
     """Noise scale / batch in the stationary distribution of ``quadratic``, exactly: tr(Sigma) / E|Hw|^2 / batch."""
     return len(curvatures) / sum(lr * h / (2.0 - lr * h) for h in curvatures)
+
+
+def scripted(*, grow_at: dict[int, int]) -> Policy:
+    """A policy that wants ``grow_at[n]`` once n samples were seen, and otherwise what there is."""
+
+    def propose(inputs: PolicyInputs) -> Decision:
+        wanted = [batch for seen, batch in sorted(grow_at.items()) if seen <= inputs.samples_seen]
+        return Decision(target_batch=wanted[-1] if wanted else inputs.batch, reason=f"the script at {len(wanted)}")
+
+    return propose
+
+
+def level(seen: int, batch: int, factor: float) -> dict[str, Any]:
+    """Every step reads the same."""
+    return {"grad_sq": 1.0, "trace_cov": 50.0, "loss": 1.0, "lr": 0.1}
+
+
+def steps(settled: Rules, count: int, *, world_size: int = 1, **more: Any) -> tuple[ControllerState, list[Action]]:
+    """``count`` steps at the target, and their actions."""
+    state = controller.init(settled, world_size=world_size)
+    actions: list[Action] = []
+    for step in range(count):
+        batch = state.target.batch
+        state, action = controller.advance(state, measured(step, state.samples_seen + batch, batch, **more), settled)
+        actions.append(action)
+    return state, actions
+
+
+def wandering(seed: int) -> World:
+    """A noise scale that rises thirty-fold over the run, by planted Gaussian micro-gradients."""
+    return gaussian(lambda seen: 30.0 * 30.0 ** (seen / 60_000), seed=seed)
+
+
+LIVELY: dict[str, Any] = {
+    "workers": WorkerLimits(minimum=1, maximum=4, micro_batches_each=2),
+    "resize_when": "saves_time",
+    "resize_cost_s": 0.01,
+    "lr_rule": build_rule("noise_scale"),
+}
+
+
+def requests(actions: list[Action]) -> list[tuple[int, int]]:
+    """(step, workers) of every request, whether alone or beside a decision to hold."""
+    asked = [action.workers if isinstance(action, Keep) else action for action in actions]
+    return [(i, a.num_workers) for i, a in enumerate(asked) if isinstance(a, RequestWorkers)]

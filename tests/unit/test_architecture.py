@@ -13,7 +13,7 @@ PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "iterto
 
 # From the top of the house to its bottom: a room may import those above it, and itself.
 ROOMS = [
-    "types", "errors", "registry", "core", "ports", "config", "config_file", "measure", "tasks", "runtime", "session",
+    "types", "errors", "registry", "core", "ports", "config", "measure", "tasks", "runtime", "session",
     "train", "ray_train", "report",
 ]  # fmt: skip
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from launch.bundled import find_config
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config import RunConfig, load_config
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
 from orchestrator.train import train

@@ -1,6 +1,6 @@
 """The checkpoint store: written whole or not at all, proved whole before use, and as many kept as were asked for.
 
-What a run does with broken checkpoints is in ``test_bad_input.py``.
+What a run does with broken checkpoints is in ``test_bad_checkpoints.py``.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config, to_yaml
+from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.errors import CheckpointError, ConfigError, GroundswellError, Problem
 
 MINIMAL = """\
@@ -288,6 +287,6 @@ def test_configs_and_errors_travel_between_processes(minimal: Path) -> None:
 
 
 def test_reading_a_config_needs_neither_torch_nor_ray() -> None:
-    code = "import sys, orchestrator.config_file; print(*sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    code = "import sys, orchestrator.config; print(*sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

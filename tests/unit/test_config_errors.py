@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config_file import load_config
+from orchestrator.config import load_config
 from orchestrator.errors import ConfigError, Problem
 
 GOOD = """\
@@ -40,6 +40,19 @@ class Case:
     line: int | None = None
 
 
+def added(name: str, key: str, value: str, hint: str, *, beside: str = "") -> Case:
+    """``key: value`` in a section of its own at the end of the good file, after what stands ``beside`` it."""
+    section, field = key.split(".")
+    return Case(name, f"{section}: {{{beside}{', ' * bool(beside)}{field}: {value}}}", key, value, hint)
+
+
+def changed(name: str, key: str, value: str, hint: str, line: int | None = None) -> Case:
+    """The good file's line of this key, with another value."""
+    section, field = key.split(".")
+    (old,) = [each for each in GOOD.split(f"{section}:\n")[1].splitlines()[:4] if each.startswith(f"  {field}:")]
+    return Case(name, f"  {field}: {value}", key, value, hint, old, line)
+
+
 CASES = [
     # Names
     Case("misspelt key", "  initail: 32", "batch.initail", "32", "did you mean batch.initial?", "  initial: 32", 7),
@@ -52,20 +65,18 @@ CASES = [
     Case(
         "key in several sections", "every_samples: 5", "every_samples", "5", "controller.every_samples or evaluation."
     ),
-    Case("unit left out", "schedule: {warmup: 100}", "schedule.warmup", "100", "schedule.warmup_samples"),
-    Case("unknown task", "  name: digit", "task.name", "digit", "did you mean digits?", "  name: digits", 3),
-    Case("task as a file", "  name: my/task.py:make", "task.name", "my/task.py:make", "my.task:make", "  name: digits"),
-    Case(
-        "task as a dotted name", "  name: my.task.make", "task.name", "my.task.make", "my.task:make", "  name: digits"
-    ),
-    Case("optimizer in capitals", "  name: AdamW", "optimizer.name", "AdamW", "did you mean adamw?", "  name: sgd"),
-    Case("unknown schedule", "schedule: {name: cosin}", "schedule.name", "cosin", "did you mean cosine?"),
-    Case("unknown rule", "lr_rule: {name: square_root}", "lr_rule.name", "square_root", "sqrt, power"),
-    Case("unknown policy", "controller: {policy: noise}", "controller.policy", "noise", "fixed, schedule, noise_scale"),
-    Case("unknown mode", "controller: {mode: advice}", "controller.mode", "advice", "did you mean advise?"),
+    added("unit left out", "schedule.warmup", "100", "schedule.warmup_samples"),
+    changed("unknown task", "task.name", "digit", "did you mean digits?", 3),
+    changed("task as a file", "task.name", "my/task.py:make", "my.task:make"),
+    changed("task as a dotted name", "task.name", "my.task.make", "my.task:make"),
+    changed("optimizer in capitals", "optimizer.name", "AdamW", "did you mean adamw?"),
+    added("unknown schedule", "schedule.name", "cosin", "did you mean cosine?"),
+    added("unknown rule", "lr_rule.name", "square_root", "sqrt, power"),
+    added("unknown policy", "controller.policy", "noise", "fixed, schedule, noise_scale"),
+    added("unknown mode", "controller.mode", "advice", "did you mean advise?"),
     Case("unknown precision", "  precision: fp16", "train.precision", "fp16", "fp32, bf16", "  epochs: 60"),
-    Case("unknown estimator", "measure: {estimator: ranks}", "measure.estimator", "ranks", "micro_batch"),
-    Case("unknown when", "workers: {when: alway}", "workers.when", "alway", "did you mean always?"),
+    added("unknown estimator", "measure.estimator", "ranks", "micro_batch"),
+    added("unknown when", "workers.when", "alway", "did you mean always?"),
     # Kinds and units
     Case("thousands as k", "  initial: 10k", "batch.initial", '"10k"', "write 10000,", "  initial: 32", 7),
     Case("a unit behind", "  epochs: 2 epochs", "train.epochs", '"2 epochs"', "write 2,", "  epochs: 60", 5),
@@ -73,17 +84,15 @@ CASES = [
     Case("separators", "  samples: 1_000 samples", "train.samples", "1_000 samples", "write 1000,", "  epochs: 60"),
     Case("thousands commas", "  initial: 1,024", "batch.initial", '"1,024"', "write 1024,", "  initial: 32"),
     Case("decimal comma", "  lr: 0,05", "optimizer.lr", '"0,05"', "write 0.05", "  lr: 0.05"),
-    Case(
-        "steps for samples", "evaluation: {every_samples: 5 steps}", "evaluation.every_samples", "5 steps", "not steps"
-    ),
-    Case("minutes", "workers: {resize_cost_s: 2 min}", "workers.resize_cost_s", "2 min", "write 120,"),
-    Case("per cent", "controller: {confidence: 95%}", "controller.confidence", "95%", "write 0.95,"),
-    Case("per cent as a number", "controller: {confidence: 95}", "controller.confidence", "95", "write 0.95"),
-    Case("quoted number", '  initial: "32"', "batch.initial", '"32"', "write 32, without quotes", "  initial: 32"),
-    Case("a fraction of an epoch", "  epochs: 1.5", "train.epochs", "1.5", "without a fraction", "  epochs: 60"),
+    added("steps for samples", "evaluation.every_samples", "5 steps", "not steps"),
+    added("minutes", "workers.resize_cost_s", "2 min", "write 120,"),
+    added("per cent", "controller.confidence", "95%", "write 0.95,"),
+    added("per cent as a number", "controller.confidence", "95", "write 0.95"),
+    changed("quoted number", "batch.initial", '"32"', "write 32, without quotes"),
+    changed("a fraction of an epoch", "train.epochs", "1.5", "without a fraction"),
     Case("float for a count", "  samples: 1e6", "train.samples", "1000000.0", "write 1000000", "  epochs: 60"),
-    Case("words for a number", "  lr: small", "optimizer.lr", "small", "write digits only", "  lr: 0.05"),
-    Case("boolean for a number", "  lr: true", "optimizer.lr", "true", "not numbers", "  lr: 0.05"),
+    changed("words for a number", "optimizer.lr", "small", "write digits only"),
+    changed("boolean for a number", "optimizer.lr", "true", "not numbers"),
     Case("yes", "ledger: yes", "ledger", "yes", "write true"),
     Case("number for a name", "run: {name: 2024}", "run.name", "2024", 'in quotes: "2024"', "run: {name: base}", 1),
     Case(
@@ -104,84 +113,56 @@ CASES = [
     ),
     Case("infinite option", "  options: {a: {b: .inf}}", "task.options.a.b", ".inf", "finite", "  name: digits"),
     # Ranges
-    Case("no learning rate", "  lr: 0", "optimizer.lr", "0", "more than 0", "  lr: 0.05"),
-    Case("not a number", "  lr: .nan", "optimizer.lr", ".nan", "finite", "  lr: 0.05"),
-    Case("momentum of one", "  momentum: 1.0", "optimizer.momentum", "1.0", "less than 1", "  momentum: 0.9"),
+    changed("no learning rate", "optimizer.lr", "0", "more than 0"),
+    changed("not a number", "optimizer.lr", ".nan", "finite"),
+    changed("momentum of one", "optimizer.momentum", "1.0", "less than 1"),
     Case("clip to nothing", "  max_grad_norm: 0", "train.max_grad_norm", "0", "null: never", "  epochs: 60"),
-    Case("empty batch", "  initial: 0", "batch.initial", "0", "at least 1", "  initial: 32"),
-    Case("lag of nothing", "controller: {lag_steps: 0}", "controller.lag_steps", "0", "at least 1"),
-    Case("growth by nothing", "controller: {max_growth: 1.0}", "controller.max_growth", "1.0", "more than 1"),
-    Case("dead-band below one", "controller: {deadband: 0.5}", "controller.deadband", "0.5", "at least 1"),
+    changed("empty batch", "batch.initial", "0", "at least 1"),
+    added("lag of nothing", "controller.lag_steps", "0", "at least 1"),
+    added("growth by nothing", "controller.max_growth", "1.0", "more than 1"),
+    added("dead-band below one", "controller.deadband", "0.5", "at least 1"),
     Case("negative seed", "run: {seed: -1}", "run.seed", "-1", "at least 0", "run: {name: base}"),
-    Case("no checkpoint kept", "checkpoint: {keep: 0}", "checkpoint.keep", "0", "at least 1"),
-    Case("endless recovery", "recovery: {max_failures: -1}", "recovery.max_failures", "-1", "0: never"),
+    added("no checkpoint kept", "checkpoint.keep", "0", "at least 1"),
+    added("endless recovery", "recovery.max_failures", "-1", "0: never"),
     Case("run name with a folder", "run: {name: a/b}", "run.name", "a/b", "write a-b; run.dir", "run: {name: base}"),
     Case("run name that climbs", "run: {name: ..}", "run.name", "..", "such as my-run", "run: {name: base}"),
     Case("no run folder", 'run: {dir: ""}', "run.dir", '""', "must not be empty", "run: {name: base}"),
     # One key against another
-    Case("ceiling below", "  max: 16", "batch.max", "16", "write 32 or more", "  max: 512", 9),
+    changed("ceiling below", "batch.max", "16", "write 32 or more", 9),
     Case("floor above", "  min: 64", "batch.min", "64", "write 32 or less", "  max: 512"),
-    Case("huge micro-batch", "  micro_batch: 600", "batch.micro_batch", "600", "512 or less", "  micro_batch: 32"),
-    Case("no room to grow", "  max: 32", "batch.max", "32", "controller.mode: advise", "  max: 512"),
-    Case("immeasurable batch", "  initial: 1", "batch.initial", "1", "write 2 or more", "  initial: 32"),
+    changed("huge micro-batch", "batch.micro_batch", "600", "512 or less"),
+    changed("no room to grow", "batch.max", "32", "controller.mode: advise"),
+    changed("immeasurable batch", "batch.initial", "1", "write 2 or more"),
     Case("fewer workers than min", "workers: {min: 2, max: 4}", "workers.initial", "1", "lower workers.min"),
     Case("more workers than max", "workers: {initial: 3}", "workers.max", "1", "write 3 or more"),
     Case("idle workers", "workers: {initial: 64, max: 64}", "workers.initial", "64", "write 32 or fewer"),
-    Case("one and a half GPUs", "workers: {gpus_per_worker: 1.5}", "workers.gpus_per_worker", "1.5", "write 2"),
+    added("one and a half GPUs", "workers.gpus_per_worker", "1.5", "write 2"),
     Case("samples and epochs", "  epochs: 60\n  samples: 50000", "train.epochs", "60", "remove one", "  epochs: 60", 5),
     Case("neither samples nor epochs", "  precision: fp32", "train.samples", "", "train.epochs: 10", "  epochs: 60"),
     Case("momentum for adam", "  name: adam", "optimizer.momentum", "0.9", "that uses it: sgd", "  name: sgd", 13),
     Case("betas for sgd", "  betas: [0.9, 0.99]", "optimizer.betas", "[0.9, 0.99]", "uses it: adam, adamw"),
     Case("nesterov alone", "  nesterov: true", "optimizer.nesterov", "true", "momentum: 0.9", "  momentum: 0.9"),
-    Case("gamma for cosine", "schedule: {name: cosine, gamma: 0.5}", "schedule.gamma", "0.5", "uses it: step"),
-    Case(
-        "fraction for constant", "schedule: {final_fraction: 0.1}", "schedule.final_fraction", "0.1", "cosine, linear"
-    ),
+    added("gamma for cosine", "schedule.gamma", "0.5", "uses it: step", beside="name: cosine"),
+    added("fraction for constant", "schedule.final_fraction", "0.1", "cosine, linear"),
     Case("step without milestones", "schedule: {name: step}", "schedule.milestones_samples", "", "[20000, 40000]"),
     Case("wsd without decay", "schedule: {name: wsd}", "schedule.decay_samples", "", "a fifth"),
     Case("one_cycle without a rise", "schedule: {name: one_cycle}", "schedule.warmup_samples", "0", "a third"),
-    Case(
-        "milestones in disorder",
-        "schedule: {name: step, milestones_samples: [9, 5]}",
-        "schedule.milestones_samples",
-        "[9, 5]",
-        "write [5, 9]",
-    ),
-    Case(
+    added("milestones in disorder", "schedule.milestones_samples", "[9, 5]", "write [5, 9]", beside="name: step"),
+    added(
         "milestone within the warm-up",
-        "schedule: {name: step, warmup_samples: 50, milestones_samples: [9]}",
         "schedule.milestones_samples",
         "[9]",
         "shorten schedule.warmup_samples",
+        beside="name: step, warmup_samples: 50",
     ),
     Case("power without exponent", "lr_rule: {name: power}", "lr_rule.exponent", "", "between 0.5"),
-    Case("exponent for linear", "lr_rule: {name: linear, exponent: 0.5}", "lr_rule.exponent", "0.5", "noise_scale"),
+    added("exponent for linear", "lr_rule.exponent", "0.5", "noise_scale", beside="name: linear"),
     Case("auto for an unknown family", "  name: a.b:Lion", "lr_rule.name", "auto", "linear suits sgd", "  name: sgd"),
-    Case(
-        "ramp without its policy", "controller: {ramp: [[9, 64]]}", "controller.ramp", "[[9, 64]]", "policy: schedule"
-    ),
+    added("ramp without its policy", "controller.ramp", "[[9, 64]]", "policy: schedule"),
     Case("policy without its ramp", "controller: {policy: schedule}", "controller.ramp", "", "write ramp: [["),
-    Case(
-        "ramp in disorder",
-        "controller: {policy: schedule, ramp: [[9, 64], [5, 128]]}",
-        "controller.ramp",
-        "[[9, 64], [5, 128]]",
-        "in order",
-    ),
-    Case(
-        "ramp that falls",
-        "controller: {policy: schedule, ramp: [[5, 128], [9, 64]]}",
-        "controller.ramp",
-        "[[5, 128], [9, 64]]",
-        "shrink: true",
-    ),
-    Case(
-        "ramp above the ceiling",
-        "controller: {policy: schedule, ramp: [[9, 1024]]}",
-        "controller.ramp",
-        "[[9, 1024]]",
-        "batch.max",
-    ),
+    added("ramp in disorder", "controller.ramp", "[[9, 64], [5, 128]]", "in order", beside="policy: schedule"),
+    added("ramp that falls", "controller.ramp", "[[5, 128], [9, 64]]", "shrink: true", beside="policy: schedule"),
+    added("ramp above the ceiling", "controller.ramp", "[[9, 1024]]", "batch.max", beside="policy: schedule"),
     # One key against the length of the run
     Case("first batch takes all", "  samples: 20", "batch.initial", "32", "train.samples is 20", "  epochs: 60"),
     Case(
@@ -200,14 +181,7 @@ CASES = [
         "train.samples is 5000",
         "  epochs: 60",
     ),
-    Case(
-        "no decision in time",
-        "  samples: 1000",
-        "controller.every_samples",
-        "1024",
-        "write 62",
-        "  epochs: 60",
-    ),
+    Case("no decision in time", "  samples: 1000", "controller.every_samples", "1024", "write 62", "  epochs: 60"),
     Case(
         "ramp beyond the end",
         "  samples: 5000\ncontroller: {policy: schedule, ramp: [[6000, 64]]}",

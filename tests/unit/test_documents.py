@@ -10,8 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from launch.cli import main
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,6 @@ from orchestrator.measure.micro_batch import GradMeter, Reading
 
 SIZES = (8, 8, 8, 3)
 BATCH = sum(SIZES)
-CPU = torch.device("cpu")
 
 
 class Tokens(nn.Module):
@@ -63,7 +62,7 @@ def loss_of(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def read(model: nn.Module, parts: list[Tensor], *, loss_scale: float = 1.0) -> Reading:
     """The parts as the micro-batches of one step, the way the session goes through them."""
-    meter = GradMeter(model.parameters(), device=CPU)
+    meter = GradMeter(model.parameters())
     meter.begin_step(measure=True)
     for inputs in parts:
         loss = loss_of(model, inputs)
@@ -105,7 +104,7 @@ def test_the_sums_of_a_step_are_those_of_its_whole_micro_gradients(name: str, lo
 def test_a_million_equal_numbers_are_summed_to_1e_6() -> None:
     # One float32 sum over all of them is off by 1e-5.
     layer = nn.Linear(1000, 1000, bias=False)
-    meter = GradMeter(layer.parameters(), device=CPU)
+    meter = GradMeter(layer.parameters())
     meter.begin_step(measure=False)
     layer.weight.grad = torch.full((1000, 1000), 0.1)
     assert meter.read().mean_grad_sq == pytest.approx(float(torch.tensor(0.1)) ** 2 * 1e6, rel=1e-6)
@@ -113,7 +112,7 @@ def test_a_million_equal_numbers_are_summed_to_1e_6() -> None:
 
 def test_bfloat16_gradients_are_summed_in_float32() -> None:
     layer = nn.Linear(300, 300, bias=False, dtype=torch.bfloat16)
-    meter = GradMeter(layer.parameters(), device=CPU)
+    meter = GradMeter(layer.parameters())
     meter.begin_step(measure=True)
     layer(torch.ones(4, 300, dtype=torch.bfloat16)).float().mean().backward()
     meter.end_micro_batch(size=4, loss=torch.zeros(()), loss_scale=1.0)
@@ -125,7 +124,7 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
 
 def test_a_step_that_is_not_measured_still_reads_the_mean_gradient_and_the_losses() -> None:
     model = nn.Linear(4, 2)
-    meter = GradMeter(model.parameters(), device=CPU)
+    meter = GradMeter(model.parameters())
     for measure in (True, False):  # the hooks of a measured step must not stay
         model.zero_grad()
         meter.begin_step(measure=measure)
@@ -140,7 +139,7 @@ def test_a_step_that_is_not_measured_still_reads_the_mean_gradient_and_the_losse
 
 def test_a_norm_that_overflows_is_told_apart_from_a_gradient_that_is_not_finite() -> None:
     layer = nn.Linear(4, 2, bias=False)
-    meter = GradMeter(layer.parameters(), device=CPU)
+    meter = GradMeter(layer.parameters())
     meter.begin_step(measure=True)
     layer.weight.grad = torch.full((2, 4), 1e38)
     assert math.isinf(meter.read().mean_grad_sq)
@@ -150,6 +149,6 @@ def test_a_norm_that_overflows_is_told_apart_from_a_gradient_that_is_not_finite(
 
 
 def test_a_step_without_a_micro_batch_or_a_gradient_reads_as_nothing() -> None:
-    meter = GradMeter(nn.Linear(4, 2).parameters(), device=CPU)
+    meter = GradMeter(nn.Linear(4, 2).parameters())
     meter.begin_step(measure=True)
     assert meter.read() == Reading(weighted_sq_sum=0.0, mean_grad_sq=0.0, losses=())

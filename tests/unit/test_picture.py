@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from orchestrator.errors import RunFolderError, StorageError
-from orchestrator.report.picture import FORMATS, POINTS, band, draw, read, save, smooth, thin, title
+from orchestrator.report.curves import POINTS, band, smooth, thin
+from orchestrator.report.picture import FORMATS, draw, save
+from orchestrator.report.story import read, title
 
 CONFIG = """
 task: {name: digits}

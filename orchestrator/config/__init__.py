@@ -1,0 +1,11 @@
+"""What is a run told before it starts: the config, read from YAML, checked, and written as YAML.
+
+Imports go one way: suggestions, section, the sections by subject (training, batch_size, optimization, execution),
+run_config, yaml_writer, yaml_reader, error_messages, load.
+"""
+
+from orchestrator.config.load import load_config
+from orchestrator.config.run_config import RunConfig
+from orchestrator.config.yaml_writer import to_yaml
+
+__all__ = ["RunConfig", "load_config", "to_yaml"]

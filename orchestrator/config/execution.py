@@ -1,0 +1,81 @@
+"""On what does a run compute: how many workers, how samples are read, what is saved, and what it survives?"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.config.section import Broken, Section, refuse
+
+
+class WorkersSection(Section):
+    """How many workers train, and when more are asked for."""
+
+    initial: int = Field(default=1, ge=1, description="[workers] that training begins with")
+    min: int = Field(default=1, ge=1, description="[workers] the fewest that training goes on with")
+    max: int = Field(default=1, ge=1, description="[workers] the most that are ever asked for")
+    micro_batches_each: int = Field(
+        default=2, ge=1, description="[micro-batches] a further worker is asked for when each would get so many"
+    )
+    when: Literal["saves_time", "always", "never"] = Field(
+        default="saves_time", description="[name] ask when it saves more time than a resize costs, always, or never"
+    )
+    resize_cost_s: float = Field(
+        default=10.0, ge=0, description="[s] what a resize is taken to cost until one was measured"
+    )
+    cpus_per_worker: float = Field(default=1.0, gt=0, description="[CPU cores] reserved for each worker")
+    gpus_per_worker: float = Field(
+        default=0.0, ge=0, description="[GPUs] reserved for each worker; 0 trains on the CPU"
+    )
+    threads: int = Field(default=1, ge=1, description="[threads] that torch computes with in each worker")
+
+    @model_validator(mode="after")
+    def _rules(self) -> WorkersSection:
+        broken = []
+        if self.initial < self.min:
+            rule, fix = f"fewer than workers.min, {self.min}", f"write {self.min} or more, or lower workers.min"
+            broken.append(Broken(keys=("initial", "min"), value=self.initial, rule=rule, fix=fix))
+        if self.max < self.initial:
+            rule = f"fewer than workers.initial, {self.initial}"
+            fix = f"write {self.initial} or more, or begin with fewer workers"
+            broken.append(Broken(keys=("max", "initial"), value=self.max, rule=rule, fix=fix))
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            rule = "above one, GPUs are reserved whole"
+            fix = f"write {math.ceil(self.gpus_per_worker)}"
+            broken.append(Broken(keys=("gpus_per_worker",), value=self.gpus_per_worker, rule=rule, fix=fix))
+        refuse(broken)
+        return self
+
+
+class DataSection(Section):
+    """How samples are read."""
+
+    loader_workers: int = Field(
+        default=0,
+        ge=0,
+        description="[processes] that read samples ahead, for each worker; 0 reads in the worker itself",
+    )
+    prefetch: int = Field(default=2, ge=1, description="[micro-batches] read ahead by each loader process")
+    pin_memory: bool = Field(default=False, description="[true or false] faster copies from the host to a GPU")
+    seed_each_sample: bool = Field(
+        default=True, description="[true or false] augmentation draws from the seed and the sample's position"
+    )
+
+
+class CheckpointSection(Section):
+    """When all that a run needs to go on is saved."""
+
+    every_samples: int | None = Field(
+        default=None, ge=1, description="[samples] between two checkpoints; null: at the end only"
+    )
+    keep: int = Field(default=2, ge=1, description="[checkpoints] the newest so many are kept")
+
+
+class RecoverySection(Section):
+    """What a run survives."""
+
+    max_failures: int = Field(
+        default=3, ge=0, description="[failures] a run goes on from its last checkpoint so often; 0: never"
+    )

@@ -1,0 +1,162 @@
+"""With which optimizer and at which learning rate: its base, its schedule, and how it follows the batch?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from orchestrator.config.section import Broken, Section, default_of, foreign_keys, given_keys, name_of, refuse
+
+# Which keys of a section belong to which name; a name that is imported gets whatever is given.
+OPTIMIZER_KEYS: Mapping[str, frozenset[str]] = {
+    "sgd": frozenset({"momentum", "nesterov"}),
+    "adam": frozenset({"betas", "eps"}),
+    "adamw": frozenset({"betas", "eps"}),
+}
+SCHEDULE_KEYS: Mapping[str, frozenset[str]] = {
+    "constant": frozenset(),
+    "cosine": frozenset({"final_fraction"}),
+    "linear": frozenset({"final_fraction"}),
+    "step": frozenset({"milestones_samples", "gamma"}),
+    "wsd": frozenset({"decay_samples", "final_fraction"}),
+    "one_cycle": frozenset({"start_fraction", "final_fraction"}),
+}
+LR_RULE_KEYS: Mapping[str, frozenset[str]] = {
+    "auto": frozenset(),
+    "constant": frozenset(),
+    "linear": frozenset(),
+    "sqrt": frozenset(),
+    "power": frozenset({"exponent"}),
+    "noise_scale": frozenset({"exponent"}),
+}
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSection(Section):
+    """The optimizer, and the learning rate at batch.initial."""
+
+    name: Annotated[str, AfterValidator(name_of(OPTIMIZER_KEYS, "an optimizer"))] = Field(
+        description="[name] sgd, adam, adamw, or package.module:attribute"
+    )
+    lr: float = Field(gt=0, description="[rate] learning rate at batch.initial; schedule and lr_rule multiply it")
+    momentum: float | None = Field(
+        default_factory=default_of({"sgd": 0.0}), ge=0, lt=1, description="[fraction] sgd: of the last update kept"
+    )
+    nesterov: bool | None = Field(
+        default_factory=default_of({"sgd": False}), description="[true or false] sgd: look ahead along the momentum"
+    )
+    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] | None = Field(
+        default_factory=default_of({"adam": (0.9, 0.999), "adamw": (0.9, 0.999)}),
+        description="[two fractions] adam, adamw: kept of the averaged gradient and of its square",
+    )
+    eps: float | None = Field(
+        default_factory=default_of({"adam": 1e-8, "adamw": 1e-8}),
+        gt=0,
+        description="[gradient] adam, adamw: added to the root of the averaged square",
+    )
+    weight_decay: float | None = Field(
+        default_factory=default_of({"sgd": 0.0, "adam": 0.0, "adamw": 0.01}),
+        ge=0,
+        description="[rate] pull of the weights towards zero (adamw: apart from the gradient)",
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> OptimizerSection:
+        broken = foreign_keys(self, "optimizer", OPTIMIZER_KEYS, common=frozenset({"name", "lr", "weight_decay"}))
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            rule = "nesterov needs momentum, and optimizer.momentum is 0"
+            broken.append(Broken(keys=("nesterov", "momentum"), value=True, rule=rule, fix="write momentum: 0.9"))
+        refuse(broken)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What the optimizer's factory is given by name: every key that belongs to it, ``lr`` among them."""
+        return given_keys(self, without=frozenset({"name"}))
+
+
+class ScheduleSection(Section):
+    """The learning rate over the samples seen, as a fraction of optimizer.lr."""
+
+    name: Annotated[str, AfterValidator(name_of(SCHEDULE_KEYS, "a schedule"))] = Field(
+        default="constant", description="[name] constant, cosine, linear, step, wsd, one_cycle, or module:attribute"
+    )
+    warmup_samples: int = Field(default=0, ge=0, description="[samples] the rate first rises over so many")
+    start_fraction: float | None = Field(
+        default_factory=default_of({"one_cycle": 0.04}),
+        ge=0,
+        le=1,
+        description="[fraction] one_cycle: of the rate that the rise begins at",
+    )
+    final_fraction: float | None = Field(
+        default_factory=default_of({"cosine": 0.0, "linear": 0.0, "wsd": 0.0, "one_cycle": 0.0}),
+        ge=0,
+        le=1,
+        description="[fraction] cosine, linear, wsd, one_cycle: of the rate that is left at the end",
+    )
+    milestones_samples: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
+        default_factory=default_of({}), description="[list of samples] step: the rate is multiplied by gamma at each"
+    )
+    gamma: float | None = Field(
+        default_factory=default_of({"step": 0.1}), gt=0, description="[factor] step: what each milestone multiplies by"
+    )
+    decay_samples: int | None = Field(
+        default_factory=default_of({}), ge=1, description="[samples] wsd: the rate falls over the last so many"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> ScheduleSection:
+        broken = foreign_keys(self, "schedule", SCHEDULE_KEYS, common=frozenset({"name", "warmup_samples"}))
+        if self.name == "step" and not self.milestones_samples:
+            fix = "write milestones_samples: [20000, 40000]"
+            rule = "schedule step needs at least one milestone"
+            broken.append(Broken(keys=("milestones_samples", "name"), value=None, rule=rule, fix=fix))
+        if self.name == "wsd" and self.decay_samples is None:
+            rule, fix = "schedule wsd needs the length of its decay", "about a fifth of the run is usual"
+            broken.append(Broken(keys=("decay_samples", "name"), value=None, rule=rule, fix=fix))
+        if self.name == "one_cycle" and self.warmup_samples == 0:
+            rule, fix = "schedule one_cycle rises first, over warmup_samples", "about a third of the run is usual"
+            broken.append(Broken(keys=("warmup_samples", "name"), value=0, rule=rule, fix=fix))
+        times = self.milestones_samples or ()
+        if any(a >= b for a, b in pairwise(times)):
+            rule = "milestones must rise from one to the next"
+            fix = f"write {sorted(set(times))}"
+            broken.append(Broken(keys=("milestones_samples",), value=times, rule=rule, fix=fix))
+        if times and min(times) <= self.warmup_samples:
+            rule = f"a milestone lies within the warm-up of {self.warmup_samples} samples"
+            fix = "move it behind the warm-up, or shorten schedule.warmup_samples"
+            broken.append(Broken(keys=("milestones_samples", "warmup_samples"), value=times, rule=rule, fix=fix))
+        refuse(broken)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The schedule's name and every key that belongs to it."""
+        return given_keys(self)
+
+
+class LrRuleSection(Section):
+    """How the learning rate follows the batch."""
+
+    name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
+        default="auto",
+        description="[name] auto (noise_scale for sgd, sqrt for adam, adamw), constant, linear, sqrt, power, "
+        "noise_scale, or module:attribute",
+    )
+    exponent: float | None = Field(
+        default_factory=default_of({"noise_scale": 1.0}),
+        gt=0,
+        le=1,
+        description="[exponent] power: of batch / batch.initial; noise_scale: of its gain (1 for sgd, 0.5 for adam)",
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> LrRuleSection:
+        broken = foreign_keys(self, "lr_rule", LR_RULE_KEYS, common=frozenset({"name"}))
+        if self.name == "power" and self.exponent is None:
+            rule, fix = "lr_rule power needs its exponent", "between 0.5 (as sqrt does) and 1.0 (as linear does)"
+            broken.append(Broken(keys=("exponent", "name"), value=None, rule=rule, fix=fix))
+        refuse(broken)
+        return self

@@ -1,0 +1,126 @@
+"""What is a run told before it starts, and which settings of different sections do not go together?
+
+Every description opens with the unit in brackets; the words are those of the design: a *batch* is global, a *sample*
+is one example, a *step* one optimizer step. ``None`` (``null``) means that a key was not given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from orchestrator.config.batch_size import BatchSection, ControllerSection, MeasureSection
+from orchestrator.config.execution import CheckpointSection, DataSection, RecoverySection, WorkersSection
+from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
+from orchestrator.config.section import Broken, Section, refuse
+from orchestrator.config.training import EvaluationSection, RunSection, TaskSection, TrainSection
+
+
+class RunConfig(Section):
+    """Everything a user settles before a run; equal configs give equal decisions."""
+
+    run: RunSection = Field(description="[section] which run this is, and where it is kept")
+    task: TaskSection = Field(description="[section] what is trained")
+    train: TrainSection = Field(description="[section] how long, and how a step is computed")
+    batch: BatchSection = Field(description="[section] the global batch: where it begins, and its limits")
+    optimizer: OptimizerSection = Field(description="[section] the optimizer, and the learning rate at batch.initial")
+    schedule: ScheduleSection = Field(
+        default_factory=ScheduleSection, description="[section] the learning rate over the samples seen"
+    )
+    lr_rule: LrRuleSection = Field(
+        default_factory=LrRuleSection, description="[section] how the learning rate follows the batch"
+    )
+    controller: ControllerSection = Field(
+        default_factory=ControllerSection, description="[section] how the target batch is decided"
+    )
+    measure: MeasureSection = Field(
+        default_factory=MeasureSection, description="[section] how the gradient noise is measured"
+    )
+    workers: WorkersSection = Field(
+        default_factory=WorkersSection, description="[section] how many workers train, and when more are asked for"
+    )
+    data: DataSection = Field(default_factory=DataSection, description="[section] how samples are read")
+    evaluation: EvaluationSection = Field(
+        default_factory=EvaluationSection, description="[section] when the held-out samples are tried"
+    )
+    checkpoint: CheckpointSection = Field(
+        default_factory=CheckpointSection, description="[section] when all that a run needs to go on is saved"
+    )
+    recovery: RecoverySection = Field(default_factory=RecoverySection, description="[section] what a run survives")
+    ledger: bool = Field(
+        default=False, description="[true or false] write which samples each step consumed, to prove exactly-once"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> RunConfig:
+        refuse([*self._batch_rules(), *self._clock_rules(), *self._lr_rules()])
+        return self
+
+    def _batch_rules(self) -> list[Broken]:
+        broken = []
+        batch, controller, workers = self.batch, self.controller, self.workers
+        acts = controller.mode == "act" and controller.policy == "noise_scale"
+        may_shrink = controller.shrink and batch.min < batch.initial
+        if acts and batch.max == batch.initial and not may_shrink:
+            rule = "controller.mode act with policy noise_scale has no room: batch.max equals batch.initial"
+            fix = f"write batch.max: {16 * batch.initial}, or controller.mode: advise, or controller.policy: fixed"
+            keys: tuple[str, ...] = ("batch.max", "batch.initial", "controller.mode", "controller.policy")
+            broken.append(Broken(keys=keys, value=batch.max, rule=rule, fix=fix))
+        key = "batch.min" if may_shrink else "batch.initial"
+        lowest = batch.min if may_shrink else batch.initial
+        if acts and lowest < 2:
+            rule = "noise is measured between the micro-batches of a step, and one sample makes only one of them"
+            keys = (key, "controller.policy")
+            broken.append(Broken(keys=keys, value=lowest, rule=rule, fix="write 2 or more"))
+        if workers.initial > batch.initial:
+            rule = f"more workers than batch.initial has samples, {batch.initial}: some would have nothing to do"
+            fix = f"write {batch.initial} or fewer, or begin with a larger batch"
+            keys = ("workers.initial", "batch.initial")
+            broken.append(Broken(keys=keys, value=workers.initial, rule=rule, fix=fix))
+        for samples, size in controller.ramp or ():
+            floor = batch.min if controller.shrink else batch.initial
+            if not floor <= size <= batch.max:
+                rule = f"the ramp wants a batch of {size} at {samples} samples, outside {floor} to {batch.max}"
+                fix = "change the entry, or batch.max, batch.initial, batch.min (below initial with shrink: true)"
+                keys = ("controller.ramp", "batch.max", "batch.initial", "batch.min", "controller.shrink")
+                broken.append(Broken(keys=keys, value=controller.ramp, rule=rule, fix=fix))
+        return broken
+
+    def _clock_rules(self) -> list[Broken]:
+        """What must happen before the last sample; with epochs the total is known only with the data."""
+        total = self.train.samples
+        if total is None:
+            return []
+        broken = []
+
+        def late(key: str, value: Any, rule: str, fix: str, *others: str) -> None:
+            broken.append(Broken(keys=(key, *others, "train.samples"), value=value, rule=rule, fix=fix))
+
+        schedule, controller = self.schedule, self.controller
+        warmup, decay = schedule.warmup_samples, schedule.decay_samples or 0
+        ends = f"and train.samples is {total}"
+        if self.batch.initial > total:
+            late("batch.initial", self.batch.initial, f"the first step takes all there is, {ends}", "write less")
+        if warmup >= total:
+            late("schedule.warmup_samples", warmup, f"the warm-up never ends, {ends}", "a tenth of the run is usual")
+        elif warmup + decay > total:
+            rule = f"warm-up ({warmup}) and decay do not fit, {ends}"
+            late("schedule.decay_samples", decay, rule, "shorten one", "schedule.warmup_samples")
+        times = schedule.milestones_samples or ()
+        if times and max(times) >= total:
+            late("schedule.milestones_samples", times, f"the last milestone is never reached, {ends}", "remove it")
+        if controller.ramp and controller.ramp[-1][0] >= total:
+            late("controller.ramp", controller.ramp, f"the ramp's last entry is never reached, {ends}", "remove it")
+        if controller.mode == "act" and controller.policy != "fixed" and controller.every_samples >= total:
+            rule = f"the first decision is never reached, {ends}"
+            fix = f"write {max(1, total // 16)}, or controller.policy: fixed"
+            late("controller.every_samples", controller.every_samples, rule, fix, "controller.policy")
+        return broken
+
+    def _lr_rules(self) -> list[Broken]:
+        if self.lr_rule.name != "auto" or self.optimizer.name in OPTIMIZER_KEYS:
+            return []
+        rule = f"auto chooses by the optimizer's family, and that of {self.optimizer.name} is not known"
+        fix = "name the rule: linear suits sgd-like optimizers, sqrt suits adam-like ones"
+        return [Broken(keys=("lr_rule.name", "optimizer.name"), value="auto", rule=rule, fix=fix)]
