@@ -99,14 +99,20 @@ class Session:
             seed_each_sample=config.data.seed_each_sample,
         )
         self._history = History(
-            config, worker=self.worker, model=model, optimizer=optimizer, rules=rules, scaler=grad_scaler
+            config,
+            worker=self.worker,
+            model=model,
+            optimizer=optimizer,
+            rules=rules,
+            dataset_size=len(dataset),
+            scaler=grad_scaler,
         )
         self._exchange = Exchange(self._collective, self._history, lag_steps=rules.lag_steps, act=rules.act)
         self._step: Step | None = None
         self._asked = Announcement()  # what was heard and not done yet
         self._stop_reason: str | None = None  # asked for on this rank
         self._stopped: str | None = None  # on all
-        resumed = self._history.begin(resume=resume, dataset_size=len(dataset))
+        resumed = self._history.begin(resume=resume)
         self._state.begin(step=resumed.step, samples_seen=resumed.samples_seen, pending=resumed.pending)
         self._adopt(resumed.now)
 
@@ -212,12 +218,12 @@ class Session:
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write an evaluation's numbers to the run's folder."""
-        self._history.evaluation(metrics, step=self.step_number - 1, samples_seen=self.samples_seen)
+        self._history.journal.evaluation(metrics, step=self.step_number - 1, samples_seen=self.samples_seen)
 
     def close(self) -> None:
         self._loader.close()
         self._meter.close()
-        self._history.close()
+        self._history.journal.close()
 
     def __enter__(self) -> Session:
         return self
@@ -226,7 +232,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._history.fault(error, step=self.step_number, samples_seen=self.samples_seen)
+            self._history.journal.fault(error, step=self.step_number, samples_seen=self.samples_seen)
         self.close()
 
     # One step, in order
@@ -240,7 +246,7 @@ class Session:
     def _begin_step(self) -> Step:
         if (due := self._state.due()) is not None:
             self._adopt(due)
-            self._history.adopted(due, step=self.step_number, samples_seen=self.samples_seen)
+            self._history.journal.adopted(due, step=self.step_number, samples_seen=self.samples_seen)
         plan = self._state.plan_of_step()
         measured = plan.num_micro_batches >= 2 and self.step_number % self.config.measure.every_steps == 0
         repeats = self._step is not None and self._step.again
@@ -302,7 +308,7 @@ class Session:
         if heard.hold:
             path = self._checkpoint(why="resize")
             if path is not None:
-                self._history.close()
+                self._history.journal.close()
                 self.worker.hold(path)
             else:
                 self._history.hold_failed()

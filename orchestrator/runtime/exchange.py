@@ -16,7 +16,8 @@ from typing import final
 from orchestrator.core import noise
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
-from orchestrator.runtime.history import FinishedStep, History
+from orchestrator.runtime.history import History
+from orchestrator.runtime.journal import FinishedStep
 from orchestrator.types import BatchPlan, GradMeasured, GradSample
 
 _EVERY_S = 0.5  # what a person at the terminal, or one who asks for a stop, does not feel

@@ -1,0 +1,256 @@
+"""What is written into a run's folder while it trains: a line a step, the events, the evaluations, the curves.
+
+Rank zero writes; on the other ranks every call is silent. Decisions are written with what was known when they were
+taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+from orchestrator.config import RunConfig
+from orchestrator.core import codec, noise
+from orchestrator.core.controller import Rules
+from orchestrator.errors import StorageError
+from orchestrator.ports import Welcome
+from orchestrator.runtime import folder
+from orchestrator.runtime.brain import STATE_TYPES
+from orchestrator.runtime.folder import RunWriter
+from orchestrator.runtime.outlook import Outcome, Outlook
+from orchestrator.runtime.scalars import ScalarBoard
+from orchestrator.runtime.worker import Worker
+from orchestrator.types import Action, ApplyPlan, BatchPlan, GradMeasured, Keep, NoiseStats, decided_batch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedStep:
+    """A step as all ranks together made it; ``spans`` is what this rank took of it: (first position, size)."""
+
+    measured: GradMeasured
+    plan: BatchPlan
+    spans: Sequence[tuple[int, int]]
+    decides: bool
+
+
+@final
+class Journal:
+    """``open`` comes first on rank zero, and is not called elsewhere."""
+
+    def __init__(self, config: RunConfig, *, worker: Worker, rules: Rules, dataset_size: int) -> None:
+        self._config = config
+        self._worker = worker
+        self._rules = rules
+        self._dataset_size = dataset_size
+        self._noise = noise.init(rules.noise)
+        self._stats: NoiseStats | None = None
+        self._outlook = Outlook()
+        self._writer: RunWriter | None = None
+        self._board: ScalarBoard | None = None
+        # What rank zero saw at the steps whose decisions are on their way.
+        self._decided_from: dict[int, tuple[int, NoiseStats]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        return self._writer is not None
+
+    def open(self, path: Path) -> None:
+        """Begin a new attempt in the folder at ``path``."""
+        self._writer = RunWriter(path, attempt=folder.next_attempt(path))
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the lines after it go on as if there had been no break."""
+        return {"noise": codec.encode(self._noise), "noise_stats": codec.encode(self._stats)}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what ``memory`` did not give."""
+        self._noise = codec.decode(memory["noise"], STATE_TYPES)
+        self._stats = codec.decode(memory["noise_stats"], STATE_TYPES)
+
+    def steps(self, finished: Sequence[FinishedStep]) -> None:
+        """A line for each step."""
+        if self._writer is not None:
+            self._append(folder.METRICS, *map(self._line, finished))
+
+    def ledger(self, finished: Sequence[FinishedStep], taken: Sequence[Any]) -> None:
+        """Which positions each step consumed; ``taken`` holds, by rank, the spans of each step."""
+        self._append(
+            folder.LEDGER,
+            *(
+                {"step": sample.step, "samples_seen": sample.samples_seen, "ranks": [spans[i] for spans in taken]}
+                for i, sample in enumerate(step.measured.sample for step in finished)
+            ),
+        )
+
+    def _line(self, finished: FinishedStep) -> Mapping[str, Any]:
+        measured, plan, sample = finished.measured, finished.plan, finished.measured.sample
+        self._noise = noise.absorb(self._noise, sample, self._rules.noise)
+        if measured.step_time_s is not None and (outcome := self._outlook.saw(measured.step_time_s, plan)):
+            self._say_outcome(outcome, step=sample.step, samples_seen=sample.samples_seen)
+        stats = self._fresh_stats(decides=finished.decides)
+        if finished.decides:
+            self._decided_from[sample.step] = (sample.samples_seen, stats)
+        row = {
+            "step": sample.step,
+            "samples_seen": sample.samples_seen,
+            "epoch": sample.samples_seen / self._dataset_size,
+            "loss": sample.loss,
+            "lr": sample.lr,
+            "global_batch": sample.batch,
+            "micro_batch": plan.micro_batch,
+            "accum_steps": plan.accum_steps,
+            "world_size": plan.world_size,
+            "grad_sq": sample.grad_sq,
+            "trace_cov": sample.trace_cov,
+            "noise_scale": stats.noise_scale,
+            "noise_low": stats.low,
+            "noise_high": stats.high,
+            "verdict": stats.verdict.value,
+            "step_time_s": measured.step_time_s,
+            "samples_per_s": sample.batch / measured.step_time_s if measured.step_time_s else None,
+        }
+        if self._board is not None:
+            self._board.add(row, now=self._worker.now())
+        return row
+
+    def _fresh_stats(self, *, decides: bool) -> NoiseStats:
+        """The noise statistics for this step's line: made anew at every decision, and repeated in between.
+
+        They take longer than the rest of a short step's bookkeeping, and move slowly.
+        """
+        if decides or self._stats is None:
+            self._stats = noise.stats(self._noise, self._rules.noise)
+        return self._stats
+
+    def _say_outcome(self, outcome: Outcome, *, step: int, samples_seen: int) -> None:
+        took, predicted = outcome.realised_step_time_s, outcome.predicted_step_time_s
+        self.event(
+            "outcome",
+            reason=f"a step takes {took:.4g} s, and {predicted:.4g} s was predicted",
+            step=step,
+            samples_seen=samples_seen,
+            **asdict(outcome),
+        )
+
+    def adopted(self, applied: ApplyPlan, *, step: int, samples_seen: int) -> None:
+        plan = applied.plan
+        reason = (
+            f"batch {plan.batch} = {plan.num_micro_batches} micro-batches on {plan.world_size} workers from here on"
+        )
+        self.event(
+            "plan",
+            reason=reason,
+            step=step,
+            samples_seen=samples_seen,
+            generation=plan.generation,
+            global_batch=plan.batch,
+            micro_batch=plan.micro_batch,
+            accum_steps=plan.accum_steps,
+            world_size=plan.world_size,
+            lr_factor=applied.lr_factor,
+            predicted_step_time_s=self._outlook.expect(plan),
+        )
+
+    def evaluation(self, metrics: Mapping[str, float], *, step: int, samples_seen: int) -> None:
+        self._append(folder.EVALS, {"step": step, "samples_seen": samples_seen, **metrics})
+        if self._board is not None:
+            self._board.add_evaluation(metrics, samples_seen=samples_seen)
+
+    @property
+    def decisions_on_their_way(self) -> list[int]:
+        """The steps at which they were taken."""
+        return sorted(self._decided_from)
+
+    def decision(self, step: int, action: Action) -> None:
+        """Write down the decision of ``step``, unless a checkpoint did so before it was due."""
+        if step not in self._decided_from:
+            return
+        at, stats = self._decided_from.pop(step)
+        assert isinstance(action, (ApplyPlan, Keep)), f"{action} answers no decision"
+        evidence: dict[str, Any] = {
+            "target_batch": decided_batch(action),
+            "noise_scale": stats.noise_scale,
+            "noise_low": stats.low,
+            "noise_high": stats.high,
+            "verdict": stats.verdict.value,
+        }
+        if isinstance(action, ApplyPlan):
+            evidence |= {"effective_step": action.effective_step, "lr_factor": action.lr_factor}
+        elif action.wish is not None:
+            evidence["wished_batch"] = action.wish
+        self.event("decision", reason=action.reason, step=step, samples_seen=at, **evidence)
+
+    def started(
+        self, welcome: Welcome, model: nn.Module, *, checkpoint: Path | None, step: int, samples_seen: int
+    ) -> None:
+        assert self._writer is not None, "open() comes first"
+        self._board = ScalarBoard(self._writer.folder / "tensorboard")
+        plan = welcome.now.plan
+        self.event(
+            "started" if checkpoint is None else "resumed",
+            reason=welcome.now.reason,
+            step=step,
+            samples_seen=samples_seen,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            runtime=self._worker.runtime,
+            device=str(self._worker.device),
+            world_size=plan.world_size,
+            global_batch=plan.batch,
+            micro_batch=plan.micro_batch,
+            seed=self._config.run.seed,
+            dataset_size=self._dataset_size,
+            total_samples=self._rules.total_samples,
+            resize_cost_s=self._worker.resize_cost_s,
+            versions=versions(),
+        )
+        for note in welcome.notes:
+            self.note(note, step=step, samples_seen=samples_seen)
+        self._warn_of_batch_norm(model, step=step, samples_seen=samples_seen)
+
+    def note(self, note: Mapping[str, Any], *, step: int | None, samples_seen: int | None) -> None:
+        """An event of the cluster."""
+        rest = {key: value for key, value in note.items() if key not in ("kind", "reason")}
+        self.event(str(note["kind"]), reason=str(note["reason"]), step=step, samples_seen=samples_seen, **rest)
+
+    def fault(self, error: BaseException, *, step: int, samples_seen: int) -> None:
+        try:
+            self.event("fault", reason=f"{type(error).__name__}: {error}", step=step, samples_seen=samples_seen)
+        except StorageError:
+            logger.exception("the fault could not be written down either")
+
+    def event(self, kind: str, *, reason: str, step: int | None, samples_seen: int | None, **evidence: Any) -> None:
+        row = {"time": self._worker.wall_time(), "kind": kind, "step": step, "samples_seen": samples_seen}
+        self._append(folder.EVENTS, row | {"reason": reason} | evidence)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _warn_of_batch_norm(self, model: nn.Module, *, step: int, samples_seen: int) -> None:
+        layers = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not layers:
+            return
+        reason = (
+            f"{len(layers)} BatchNorm layers ({layers[0]}, ...) normalise by the micro-batch: the gradient and its "
+            "noise depend on batch.micro_batch, and results on the layout; keep it fixed, or use GroupNorm or LayerNorm"
+        )
+        logger.warning("%s", reason)
+        self.event("warning", reason=reason, step=step, samples_seen=samples_seen)
+
+    def _append(self, name: str, *rows: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.append(name, *rows)
+
+
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "numpy")}
