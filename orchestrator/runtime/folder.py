@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, final
 
+from filelock import FileLock, Timeout
+
 from orchestrator.errors import RunFolderError, StorageError
 
 METRICS = "metrics.jsonl"
@@ -21,16 +23,32 @@ EVENTS = "events.jsonl"
 LEDGER = "ledger.jsonl"
 CONFIG = "config.yaml"
 STOP_REQUEST = "stop.request"
+LOCK = ".lock"
+
+_PATIENCE_S = 10.0  # for an attempt that has just ended to let go
 
 
 @final
 class RunWriter:
-    """Appends to the run's files. Raises ``StorageError`` when the storage refuses."""
+    """Appends to the run's files. Raises ``StorageError`` when the storage refuses.
 
-    def __init__(self, folder: Path, *, attempt: int) -> None:
+    Holds the folder's lock until it is closed, or its process ends; raises ``RunFolderError`` if another one does.
+    """
+
+    def __init__(self, folder: Path, *, patience_s: float = _PATIENCE_S) -> None:
         self.folder = folder
-        self.attempt = attempt
         self._files: dict[str, TextIO] = {}
+        self._lock = FileLock(folder / LOCK, timeout=patience_s, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunFolderError(
+                f"{folder} is being written by another process, and a run has one writer: wait for that run to end, "
+                "or stop it first"
+            ) from None
+        except (OSError, NotImplementedError):
+            pass  # storage that knows no locks
+        self.attempt = next_attempt(folder)
 
     def append(self, name: str, *rows: Mapping[str, Any]) -> None:
         """Add a line for each row, flushed, so that a reader or a crash sees whole lines but for the last."""
@@ -52,6 +70,7 @@ class RunWriter:
             with suppress(OSError):
                 file.close()
         self._files = {}
+        self._lock.release()
 
 
 def check(folder: Path, *, resume: bool) -> None:

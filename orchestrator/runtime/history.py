@@ -20,7 +20,7 @@ from torch import nn
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.core import codec
 from orchestrator.core.controller import Rules
-from orchestrator.errors import CheckpointError, StorageError
+from orchestrator.errors import CheckpointError, RunFolderError, StorageError
 from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
@@ -92,6 +92,14 @@ class History:
         problem = self._worker.collective.share(problem)
         if problem is not None:
             raise problem
+        try:
+            return self._resume_or_start()
+        except BaseException:
+            self.journal.close()
+            raise
+
+    def _resume_or_start(self) -> Resumed:
+        self._check_shared()
         path, meta, faults = self._store.load_latest(self._model, self._optimizer)
         for fault in faults:
             reason = f"{fault.path}: {fault.why}; the one before it is used"
@@ -110,6 +118,7 @@ class History:
                 raise _of_another_version(path, error) from error
         # The plan is shared by rank zero, so that all begin alike whatever their own view of the fleet.
         welcome: Welcome | Exception | None = None
+        zero = self._worker.rank == 0
         if zero:
             try:
                 welcome = self._brain.begin(
@@ -229,6 +238,17 @@ class History:
     def _brain(self) -> Brain:
         assert self._worker.brain is not None, "only rank zero talks to the controller"
         return self._worker.brain
+
+    def _check_shared(self) -> None:
+        """Checkpoints are written by all ranks into one folder, so all must see the one that rank zero made."""
+        unseen = [0.0] * self._worker.world_size
+        unseen[self._worker.rank] = float(not (self._folder / folder.CONFIG).exists())
+        blind = [rank for rank, missing in enumerate(self._worker.collective.sum(unseen)) if missing]
+        if blind:
+            raise RunFolderError(
+                f"rank {', '.join(map(str, blind))} does not see the run's folder {self._folder}, which rank 0 writes: "
+                "put run.dir (or --run-dir) on storage that all nodes share"
+            )
 
     def _refuse_another_run(self, meta: Mapping[str, Any], path: Path) -> None:
         for key, now in (("seed", self._config.run.seed), ("dataset_size", self._dataset_size)):

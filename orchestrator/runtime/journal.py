@@ -64,7 +64,7 @@ class Journal:
 
     def open(self, path: Path) -> None:
         """Begin a new attempt in the folder at ``path``."""
-        self._writer = RunWriter(path, attempt=folder.next_attempt(path))
+        self._writer = RunWriter(path)
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the lines after it go on as if there had been no break."""

@@ -271,6 +271,19 @@ def test_data_sets_of_different_length_are_refused_on_all_ranks(tmp_path: Path) 
         assert "257" in told
 
 
+def on_its_own_disk(rank: int, path: str) -> None:
+    train(rank, f"{path}/of-rank-{rank}")
+
+
+def test_ranks_that_do_not_share_the_runs_folder_say_so_before_they_train(tmp_path: Path) -> None:
+    found = run_fleet(prompt, 2, on_its_own_disk, str(tmp_path))
+    for took_s, kind, told in found:
+        assert took_s < PROMPT_S
+        assert kind == "RunFolderError"
+        assert "rank 1 does not see the run's folder" in told
+        assert "storage that all nodes share" in told
+
+
 def begins(rank: int, path: str, width: int, resume: bool, seed: int) -> None:
     train(rank, path, make=lambda: mlp(width=width), resume=resume, run={"seed": seed})
 

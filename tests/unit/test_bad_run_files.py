@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import RunFolderError, StorageError
+from orchestrator.errors import CheckpointError, RunFolderError, StorageError
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
 from orchestrator.train import train
@@ -122,3 +122,24 @@ def test_a_resolved_config_that_cannot_be_written_is_a_clear_error(run: Path) ->
     (run / "run" / folder.CONFIG).mkdir()
     with pytest.raises((StorageError, RunFolderError), match=folder.CONFIG):
         trained(run, resume=True)
+
+
+def test_a_folder_has_one_writer_and_the_next_begins_a_new_attempt(tmp_path: Path) -> None:
+    first = folder.RunWriter(tmp_path)
+    first.append(folder.EVENTS, {"kind": "started"})
+    with pytest.raises(RunFolderError, match="is being written by another process"):
+        folder.RunWriter(tmp_path, patience_s=0.05)
+    first.append(folder.EVENTS, {"kind": "finished"})
+    first.close()
+    second = folder.RunWriter(tmp_path, patience_s=0.05)
+    second.append(folder.EVENTS, {"kind": "resumed"})
+    second.close()
+    assert [row["attempt"] for row in folder.rows(tmp_path / folder.EVENTS)] == [1, 1, 2]
+
+
+def test_a_run_that_could_not_resume_lets_go_of_its_folder(run: Path) -> None:
+    settings = settings_of(run, run={"seed": 1})
+    for _ in range(2):
+        with pytest.raises(CheckpointError):
+            train(settings, local_worker(settings), resume=True)
+    folder.RunWriter(run / "run", patience_s=0.05).close()
