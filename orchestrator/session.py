@@ -78,16 +78,20 @@ class Session:
         rules = rules_from(config, dataset_size=len(dataset))
         self._total_samples = rules.total_samples
         self._state = RunState(config, rules)
-        self._update = WeightUpdate(
-            optimizer, model.parameters(), scaler=grad_scaler, max_grad_norm=config.train.max_grad_norm
-        )
         self._replica = Replica(
             model,
             collective=self._collective,
             device=self.worker.device,
             find_unused_parameters=config.train.find_unused_parameters,
         )
-        self._meter = GradMeter(model.parameters())
+        self._update = WeightUpdate(
+            optimizer,
+            model.parameters(),
+            scaler=grad_scaler,
+            max_grad_norm=config.train.max_grad_norm,
+            device=self.worker.device,
+        )
+        self._meter = GradMeter(self._update.trained)
         self._loader = PositionLoader(
             dataset,
             collate,
@@ -208,13 +212,18 @@ class Session:
             self._checkpoint(why="the end")
 
     def request_stop(self, reason: str) -> None:
-        """Stop after the step at hand, with a checkpoint. Any rank may ask; all stop together."""
+        """Stop soon, with a checkpoint. Any rank may ask; all stop together.
+
+        One process stops after the step at hand. Several hear of it at their next exchange: within a step when steps
+        are long, within about half a second (at most 17 steps) when they are short.
+        """
         self._stop_reason = reason
 
     @property
     def evaluation_due(self) -> bool:
         """Whether the step just finished is one after which the config asks for an evaluation."""
-        return self._state.is_over or self._state.passed(self.config.evaluation.every_samples)
+        finished = self._step is not None and self._step.finished
+        return finished and (self._state.is_over or self._state.passed(self.config.evaluation.every_samples))
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write an evaluation's numbers to the run's folder."""
@@ -232,6 +241,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
+            self._exchange.abandon()
             self._history.journal.fault(error, step=self.step_number, samples_seen=self.samples_seen)
         self.close()
 
@@ -258,8 +268,7 @@ class Session:
             began_s=self.worker.now(),
         )
         self._meter.begin_step(measure=measured)
-        if not repeats:
-            self._replica.keep_buffers()
+        self._replica.begin_step(again=repeats)
         return self._step
 
     def _micro_batches(self, step: Step) -> Iterator[Any]:
@@ -299,13 +308,15 @@ class Session:
         self._asked = self._asked.or_else(heard)
         if heard.plan is not None:
             self._state.next = heard.plan
+        if self._exchange.first_non_finite is not None and self._update.scaler is None:
+            self._stop_on_late_non_finite(self._exchange.first_non_finite)
 
     def _at_boundary(self) -> None:
         due = self._state.passed(self.config.checkpoint.every_samples) and not self._state.is_over
         if due:
             self._settle()
         heard, self._asked = self._asked, Announcement()
-        if heard.hold:
+        if heard.hold and not heard.stop:  # one who asked for a stop would be gone after a resize
             path = self._checkpoint(why="resize")
             if path is not None:
                 self._history.journal.close()
@@ -400,6 +411,13 @@ class Session:
             f"step {self.step_number}: {what} is not finite (loss {loss}) on stream positions {first} to {last}; the "
             f"step was not taken and the weights before it {saved}; lower optimizer.lr, set "
             "train.max_grad_norm, or look at those samples"
+        )
+
+    def _stop_on_late_non_finite(self, number: int) -> None:
+        raise NonFiniteError(
+            f"step {number}: the loss is not finite, though its gradient is: a mean over no targets is such a loss "
+            f"(every target of a micro-batch at ignore_index); the weights have gone on to step {self.step_number}. "
+            "Return a finite loss for such samples, or leave them out, and resume from the last checkpoint"
         )
 
 

@@ -95,9 +95,10 @@ class Mailbox:
         self._state: str | None = None
         self._tail: deque[Posted] = deque()
         self._waiting = False
-        self._samples_seen: int | None = None
+        self._latest: tuple[float, int] | None = None  # time [s] and samples seen at the newest step
         self._rate: float | None = None  # samples per second, lately
-        self._last_s = time.monotonic()
+        self._rate_before: float | None = None  # the same before the newest group of steps
+        self._group_from: tuple[float, int] | None = None  # time [s] and samples seen at the end of the group before
 
     # The training thread
 
@@ -204,22 +205,24 @@ class Mailbox:
             )
 
     def _pace(self, event: GradMeasured) -> None:
-        now, seen = time.monotonic(), event.sample.samples_seen
-        if self._samples_seen is not None:
-            if now - self._last_s < _TOGETHER_S:
-                return  # short steps are posted several at once
-            rate = (seen - self._samples_seen) / (now - self._last_s)
-            self._rate = rate if self._rate is None else 0.8 * self._rate + 0.2 * rate
-        self._last_s, self._samples_seen = now, seen
+        """Short steps are posted several at once: the pace is that from one group's end to the next's."""
+        now = time.monotonic()
+        if self._latest is not None and now - self._latest[0] >= _TOGETHER_S:
+            self._group_from, self._rate_before = self._latest, self._rate
+        self._latest = now, event.sample.samples_seen
+        if self._group_from is not None:
+            rate = (self._latest[1] - self._group_from[1]) / (now - self._group_from[0])
+            self._rate = rate if self._rate_before is None else 0.8 * self._rate_before + 0.2 * rate
 
     def _due_in_s(self) -> float | None:
         """Time until the next decision point at the present pace; nothing to wait for while somebody waits."""
         if self._waiting:
             return 0.0
-        if self._rate is None or self._samples_seen is None:
+        if self._rate is None or self._latest is None:
             return None
-        missing = self._every_samples - self._samples_seen % self._every_samples
-        return max(0.0, missing / self._rate - (time.monotonic() - self._last_s))
+        then, seen = self._latest
+        missing = self._every_samples - seen % self._every_samples
+        return max(0.0, missing / self._rate - (time.monotonic() - then))
 
 
 # One mailbox a worker process: the function below runs in the worker actor without the training thread's variables.

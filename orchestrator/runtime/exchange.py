@@ -60,6 +60,7 @@ class Exchange:
         self._waiting: list[OwnStep] = []
         self._under_way: _UnderWay | None = None
         self._rest_steps = 0
+        self.first_non_finite: int | None = None  # step whose loss over all ranks was not finite, and yet was taken
         self._announces: dict[int, int] = {}  # step whose exchange announces a decision -> step at which it was taken
 
     def add(self, step: OwnStep, *, stop: bool) -> Announcement:
@@ -101,9 +102,17 @@ class Exchange:
             return Announcement()
         heard = Announcement.decode(under_way.result())
         self._rest_steps = heard.rest_steps
-        pairs = zip(under_way.steps, heard.sums, strict=True)
-        self._history.steps([_finished(step, sums) for step, sums in pairs])
+        finished = [_finished(step, sums) for step, sums in zip(under_way.steps, heard.sums, strict=True)]
+        self._history.steps(finished)
+        losses = ((step.measured.sample.step, step.measured.sample.loss) for step in finished)
+        self.first_non_finite = next((step for step, loss in losses if not math.isfinite(loss)), None)
         return heard
+
+    def abandon(self) -> None:
+        """Write down the steps that no exchange told of: training has failed here, and the others cannot be asked."""
+        steps = [*([] if self._under_way is None else self._under_way.steps), *self._waiting]
+        unknown = StepSums(weighted_sq_sum=math.nan, loss_sum=math.nan)
+        self._history.without_the_others([_finished(step, unknown) for step in steps])
 
     def _rest(self, steps: Sequence[OwnStep]) -> int:
         """How many steps may pass before the next exchange. One process has nobody to wait for."""
@@ -116,7 +125,7 @@ class Exchange:
 def _finished(step: OwnStep, sums: StepSums) -> FinishedStep:
     batch, micro_batches = step.plan.batch, step.plan.num_micro_batches
     moments = None
-    if step.measured and math.isfinite(step.mean_grad_sq) and math.isfinite(sums.weighted_sq_sum):
+    if step.measured and all(map(math.isfinite, (step.mean_grad_sq, sums.weighted_sq_sum, sums.loss_sum))):
         moments = noise.moments_from_sums(
             weighted_sq_sum=sums.weighted_sq_sum,
             mean_grad_sq=step.mean_grad_sq,

@@ -169,6 +169,11 @@ class History:
                 self._brain.post(step.measured)
         self.journal.steps(finished)
 
+    def without_the_others(self, finished: Sequence[FinishedStep]) -> None:
+        """Steps of which only rank zero's part is known; a ledger cannot vouch for them, and leaves them out."""
+        if not self._config.ledger:
+            self.journal.steps(finished)
+
     def replan(self, event: Event, *, step: int, samples_seen: int) -> Welcome:
         """Collective. Hand over an event that changes the plan at once."""
         welcome: Welcome = self._worker.collective.share(self._brain.replan(event) if self._worker.rank == 0 else None)

@@ -7,7 +7,6 @@ of zero that touches every parameter, so that nobody waits for it; one whose mic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
@@ -24,19 +23,31 @@ _TAKE_PART = object()
 class _Participant(nn.Module):
     """The user's model, which can also be called to take part without data."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, may_leave_unused: bool) -> None:
         super().__init__()
         self.model = model
-        self.on_failure: Callable[[], None] = lambda: None
+        self.was_called = False
+        # Where parameters may stay unused, those that nobody used must keep no gradient rather than get one of zero.
+        self.nothing = nn.Parameter(torch.zeros(())) if may_leave_unused else None
+        self._sparse = {id(m.weight) for m in model.modules() if getattr(m, "sparse", False) and hasattr(m, "weight")}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is _TAKE_PART:
-            return sum((p.sum() * args[1] for p in self.model.parameters() if p.requires_grad), torch.zeros(()))
-        try:
-            return self.model(*args, **kwargs)
-        except Exception:
-            self.on_failure()
-            raise
+            return self._without_data(args[1])
+        self.was_called = True
+        return self.model(*args, **kwargs)
+
+    def _without_data(self, factor: float) -> Tensor:
+        if factor == 0 and self.nothing is not None:
+            return self.nothing * factor
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return sum((self._touched(p) * factor for p in parameters), torch.zeros((), device=parameters[0].device))
+
+    def _touched(self, parameter: Tensor) -> Tensor:
+        if id(parameter) in self._sparse:  # its gradient must be sparse on every rank
+            first = torch.zeros(1, dtype=torch.long, device=parameter.device)
+            return nn.functional.embedding(first, parameter, sparse=True).sum()
+        return parameter.sum()
 
 
 @final
@@ -50,15 +61,14 @@ class Replica:
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._buffers = list(self.model.buffers())
         self._ddp: DistributedDataParallel | None = None
+        self._participant = _Participant(self.model, may_leave_unused=find_unused_parameters)
         if collective.world_size > 1:
-            participant = _Participant(self.model)
             self._ddp = DistributedDataParallel(
-                participant,
+                self._participant.to(device),
                 device_ids=[device] if device.type == "cuda" else None,
                 find_unused_parameters=find_unused_parameters,
                 gradient_as_bucket_view=True,  # the sums stay where they were made: a copy less, the same bits
             )
-            participant.on_failure = self._buffers_were_sent
 
     @property
     def module(self) -> nn.Module:
@@ -71,9 +81,11 @@ class Replica:
         context: AbstractContextManager[None] = self._ddp.no_sync()
         return context
 
-    def keep_buffers(self) -> None:
-        """Remember the buffers, such as running means, as they are before a step."""
-        self._kept = [(buffer, buffer.clone()) for buffer in self._buffers]
+    def begin_step(self, *, again: bool) -> None:
+        """Remember the buffers, such as running means, as they are before a step, unless it is done ``again``."""
+        self._participant.was_called = False
+        if not again:
+            self._kept = [(buffer, buffer.clone()) for buffer in self._buffers]
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
@@ -81,14 +93,12 @@ class Replica:
         for buffer, kept in self._kept:
             buffer.copy_(kept)
 
-    def _buffers_were_sent(self) -> None:
-        # DDP sends the buffers before a step's first forward pass, and clears this mark after it. Where that pass
-        # failed, take_part() would send them again, and pair up with another exchange of the other ranks.
-        assert self._ddp is not None
-        self._ddp.require_forward_param_sync = False
-
     def take_part(self, *, spoil: bool) -> None:
         """Join the step's all-reduce with a gradient of zero, or of NaN, which tells all that the step is not whole."""
         if self._ddp is not None:
+            if self._participant.was_called:
+                # DDP sends the buffers before a step's first forward pass. Sent again, they would pair up with another
+                # exchange of the other ranks.
+                self._ddp.require_forward_param_sync = False
             loss: Tensor = self._ddp(_TAKE_PART, math.nan if spoil else 0.0)
             loss.backward()

@@ -64,7 +64,8 @@ def check_loss(loss: Any) -> None:
 def backward_seed(loss: Tensor) -> Tensor | None:
     """One, which is what autograd begins with by itself; NaN for a loss that is not finite.
 
-    Every rank then sees such a loss in the mean gradient, even one whose own gradient is finite.
+    Every rank then sees such a loss in the mean gradient, though its own gradient be finite; but for one that no
+    gradient flows back from, which the ranks hear of at their next exchange.
     """
     if loss.device.type == "cpu" and math.isfinite(loss.item()):
         return None

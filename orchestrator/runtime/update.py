@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 @final
 class WeightUpdate:
-    """The learning rates found in ``optimizer`` are the base that ``apply`` multiplies."""
+    """The learning rates found in ``optimizer`` are the base that ``apply`` multiplies.
+
+    ``parameters`` are the model's; ``trained`` those of them that the optimizer updates.
+    """
 
     def __init__(
         self,
@@ -20,8 +23,12 @@ class WeightUpdate:
         *,
         scaler: torch.amp.GradScaler | None,
         max_grad_norm: float | None,
+        device: torch.device,
     ) -> None:
         self.scaler = scaler
+        if scaler is not None:
+            scaler.scale(torch.zeros((), device=device))  # makes its scale, also on a rank that has no loss to scale
+        self.trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._optimizer = optimizer
         self._parameters = list(parameters)
         self._max_grad_norm = max_grad_norm
@@ -48,7 +55,7 @@ class WeightUpdate:
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
         if self._max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            nn.utils.clip_grad_norm_(self.trained, self._max_grad_norm)
         if self.scaler is None:
             self._optimizer.step()
         else:
@@ -57,5 +64,7 @@ class WeightUpdate:
         self.discard()
 
     def discard(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, also those of parameters that the optimizer does not know: they would pile up."""
         self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None

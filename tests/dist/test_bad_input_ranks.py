@@ -130,6 +130,8 @@ OOM: list[tuple[int, Fault, Callable[[], nn.Module], int]] = [
     (2, Fault("in the model", rank=0, step=0), mlp, BATCH),
     (2, Fault("in the model", rank=0, micro=5), mlp, BATCH),  # the last, which synchronises
     (2, Fault("after the model", rank=1, micro=5), mlp, BATCH),
+    (2, Fault("after the model", rank=1, micro=5), normalised, BATCH),
+    (2, Fault("after the model", rank=0, step=0, micro=5), normalised, BATCH),
     (2, Fault("before the model", rank=1, micro=5), mlp, BATCH),
     (2, Fault("in the backward pass", rank=1, micro=2), mlp, BATCH),
     (3, Fault("in the model", rank=2, micro=1), mlp, BATCH),
