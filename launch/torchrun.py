@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -88,7 +89,10 @@ def _train(settings: RunConfig, *, rank: int, resume: bool, for_process: int | N
         over.set()
         if watch is not None:
             watch.join()
-    # Only after success: a group that lost a member may never end.
+    # Only after success: a group that lost a member may never end. DDP's cycles keep the group, and a thread of it that
+    # still runs while Python ends brings the process down (seen with torch 2.13: terminate called without an active
+    # exception), so they go first.
+    gc.collect()
     dist.destroy_process_group()
 
 

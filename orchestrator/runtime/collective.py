@@ -40,7 +40,8 @@ class ProcessGroupCollective:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        # None is the default group; a reference kept here would outlive its end.
+        self.group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return self.start_sum(values)()
