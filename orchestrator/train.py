@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, TaskError
+from orchestrator.optim import OPTIMIZERS
 from orchestrator.registry import resolve
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.worker import Worker
 from orchestrator.session import Session
 from orchestrator.tasks.protocol import Task, build_task, check_task, collate_of
 
-_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, **OPTIMIZERS}
 
 
 def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:

@@ -15,6 +15,9 @@ OPTIMIZER_KEYS: Mapping[str, frozenset[str]] = {
     "sgd": frozenset({"momentum", "nesterov"}),
     "adam": frozenset({"betas", "eps"}),
     "adamw": frozenset({"betas", "eps"}),
+    "lars": frozenset({"momentum", "trust"}),
+    "lamb": frozenset({"betas", "eps"}),
+    "lans": frozenset({"betas", "eps"}),
 }
 SCHEDULE_KEYS: Mapping[str, frozenset[str]] = {
     "constant": frozenset(),
@@ -40,28 +43,37 @@ class OptimizerSection(Section):
     """The optimizer, and the learning rate at batch.initial."""
 
     name: Annotated[str, AfterValidator(name_of(OPTIMIZER_KEYS, "an optimizer"))] = Field(
-        description="[name] sgd, adam, adamw, or package.module:attribute"
+        description="[name] sgd, adam, adamw, lars, lamb, lans, or package.module:attribute"
     )
     lr: float = Field(gt=0, description="[rate] learning rate at batch.initial; schedule and lr_rule multiply it")
     momentum: float | None = Field(
-        default_factory=default_of({"sgd": 0.0}), ge=0, lt=1, description="[fraction] sgd: of the last update kept"
+        default_factory=default_of({"sgd": 0.0, "lars": 0.9}),
+        ge=0,
+        lt=1,
+        description="[fraction] sgd, lars: of the last update kept",
+    )
+    trust: float | None = Field(
+        default_factory=default_of({"lars": 0.001}),
+        gt=0,
+        description="[fraction] lars: of its own norm that a layer moves in a step at lr 1",
     )
     nesterov: bool | None = Field(
         default_factory=default_of({"sgd": False}), description="[true or false] sgd: look ahead along the momentum"
     )
     betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] | None = Field(
-        default_factory=default_of({"adam": (0.9, 0.999), "adamw": (0.9, 0.999)}),
-        description="[two fractions] adam, adamw: kept of the averaged gradient and of its square",
+        default_factory=default_of(dict.fromkeys(("adam", "adamw", "lamb", "lans"), (0.9, 0.999))),
+        description="[two fractions] adam, adamw, lamb, lans: kept of the averaged gradient and of its square",
     )
     eps: float | None = Field(
-        default_factory=default_of({"adam": 1e-8, "adamw": 1e-8}),
+        default_factory=default_of({"adam": 1e-8, "adamw": 1e-8, "lamb": 1e-6, "lans": 1e-6}),
         gt=0,
-        description="[gradient] adam, adamw: added to the root of the averaged square",
+        description="[gradient] adam, adamw, lamb, lans: added to the root of the averaged square",
     )
     weight_decay: float | None = Field(
-        default_factory=default_of({"sgd": 0.0, "adam": 0.0, "adamw": 0.01}),
+        default_factory=default_of({"sgd": 0.0, "adam": 0.0, "adamw": 0.01, "lars": 0.0, "lamb": 0.01, "lans": 0.01}),
         ge=0,
-        description="[rate] pull of the weights towards zero (adamw: apart from the gradient)",
+        description="[rate] pull of the weights towards zero (adamw: apart from the gradient; lars, lamb, lans: within "
+        "the layer's step, and not on biases and gains)",
     )
 
     @model_validator(mode="after")
@@ -142,8 +154,8 @@ class LrRuleSection(Section):
 
     name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
         default="auto",
-        description="[name] auto (noise_scale for sgd, sqrt for adam, adamw), constant, linear, sqrt, power, "
-        "noise_scale, or module:attribute",
+        description="[name] auto (noise_scale for sgd, lars; sqrt for adam, adamw, lamb, lans), constant, linear, "
+        "sqrt, power, noise_scale, or module:attribute",
     )
     exponent: float | None = Field(
         default_factory=default_of({"noise_scale": 1.0}),

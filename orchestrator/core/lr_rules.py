@@ -98,15 +98,16 @@ def noise_scale(exponent: float = 1.0) -> Rule:
 
 
 def auto(optimizer_name: str | None) -> Rule:
-    """The rule that suits the optimizer's family: ``noise_scale`` for sgd, ``sqrt`` for adam and adamw.
+    """The rule that suits the optimizer's family: ``noise_scale`` like sgd's, or ``sqrt`` like adam's.
 
     SGD's optimal step at a batch is what McCandlish et al. 2018 (arXiv:1812.06162) derive; for Adam that form does
-    not hold and the root is what Malladi et al. 2022 (arXiv:2205.10287) derive. Raises ``ValueError`` for an
-    optimizer whose family is not known.
+    not hold and the root is what Malladi et al. 2022 (arXiv:2205.10287) derive. The layer-wise optimizers go with the
+    one that they scale: lars with sgd; lamb and lans with adam, as lamb's authors do (arXiv:1904.00962). Raises
+    ``ValueError`` for an optimizer whose family is not known.
     """
-    if optimizer_name == "sgd":
+    if optimizer_name in ("sgd", "lars"):
         return noise_scale()
-    if optimizer_name in ("adam", "adamw"):
+    if optimizer_name in ("adam", "adamw", "lamb", "lans"):
         return sqrt()
     raise ValueError(
         f"lr_rule.name auto chooses by the optimizer's family, and that of {optimizer_name!r} is not known: "

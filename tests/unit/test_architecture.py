@@ -13,7 +13,7 @@ PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "iterto
 
 # From the top of the house to its bottom: a room may import those above it, and itself.
 ROOMS = [
-    "types", "errors", "registry", "core", "ports", "config", "measure", "tasks", "runtime", "session",
+    "types", "errors", "registry", "core", "ports", "config", "measure", "optim", "tasks", "runtime", "session",
     "train", "ray_train", "report",
 ]  # fmt: skip
 
@@ -60,6 +60,13 @@ def test_the_core_is_pure(path: Path) -> None:
         )
         assert allowed or module == "orchestrator.registry", f"{path.name} imports {module}"
     assert "np.random" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", sources("orchestrator/optim"), ids=lambda p: p.name)
+def test_the_optimizers_import_torch_and_nothing_else_of_the_house(path: Path) -> None:
+    for module in imports(path):
+        allowed = module.split(".")[0] in PURE | {"torch"} or module.startswith("orchestrator.optim")
+        assert allowed, f"{path.name} imports {module}"
 
 
 @pytest.mark.parametrize("path", sources("orchestrator"), ids=lambda p: str(p.relative_to(ROOT)))

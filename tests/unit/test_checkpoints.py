@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import CheckpointError
+from orchestrator.optim import LAMB, LANS, LARS
 from orchestrator.runtime import checkpoints
 from orchestrator.runtime.checkpoints import CheckpointStore, verify
 from orchestrator.runtime.collective import Solo
@@ -27,6 +28,9 @@ OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "lars": lambda p: LARS(p, lr=0.1),
+    "lamb": lambda p: LAMB(p, lr=0.01),
+    "lans": lambda p: LANS(p, lr=0.01),
     "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
 }
 

@@ -64,7 +64,7 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "task": "name options",
         "train": "samples epochs max_grad_norm precision find_unused_parameters",
         "batch": "initial micro_batch max min",
-        "optimizer": "name lr momentum nesterov betas eps weight_decay",
+        "optimizer": "name lr momentum trust nesterov betas eps weight_decay",
         "schedule": "name warmup_samples start_fraction final_fraction milestones_samples gamma decay_samples",
         "lr_rule": "name exponent",
         "controller": "mode policy every_samples lag_steps cooldown_samples deadband max_growth kappa shrink ramp "
@@ -162,6 +162,23 @@ def test_keys_of_other_optimizers_and_schedules_are_absent_not_zero(minimal: Pat
     assert config.schedule.gamma is None
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lars", {"momentum": 0.9, "trust": 0.001, "weight_decay": 0.0}),
+        ("lamb", {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}),
+        ("lans", {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}),
+    ],
+)
+def test_layer_wise_optimizers_have_their_own_keys_and_defaults(
+    minimal: Path, name: str, expected: dict[str, object]
+) -> None:
+    assert load_config(minimal, [f"optimizer.name={name}", "optimizer.lr=1.0"]).optimizer.settings() == {
+        "lr": 1.0,
+        **expected,
+    }
+
+
 def test_an_imported_name_may_use_any_key_of_its_section(minimal: Path) -> None:
     config = load_config(
         minimal, ["optimizer.name=my.optim:Lamb", "optimizer.betas=[0.9, 0.99]", "lr_rule.name=sqrt", "task.name=a:b.c"]
@@ -193,6 +210,9 @@ VARIANTS: list[list[str]] = [
     [],
     ["optimizer.name=adamw", "optimizer.eps=1e-12"],
     ["optimizer.name=adam", "optimizer.betas=[0.5, 0.75]"],
+    ["optimizer.name=lars", "optimizer.trust=0.01", "optimizer.momentum=0.5"],
+    ["optimizer.name=lamb", "optimizer.weight_decay=0"],
+    ["optimizer.name=lans", "optimizer.eps=1e-9"],
     ["schedule.name=step", "schedule.milestones_samples=[5000, 9000]"],
     ["schedule.name=wsd", "schedule.decay_samples=500", "schedule.warmup_samples=10"],
     ["schedule.name=one_cycle", "schedule.warmup_samples=10"],

@@ -141,6 +141,7 @@ CASES = [
     Case("neither samples nor epochs", "  precision: fp32", "train.samples", "", "train.epochs: 10", "  epochs: 60"),
     Case("momentum for adam", "  name: adam", "optimizer.momentum", "0.9", "that uses it: sgd", "  name: sgd", 13),
     Case("betas for sgd", "  betas: [0.9, 0.99]", "optimizer.betas", "[0.9, 0.99]", "uses it: adam, adamw"),
+    Case("trust for sgd", "  trust: 0.1", "optimizer.trust", "0.1", "that uses it: lars"),
     Case("nesterov alone", "  nesterov: true", "optimizer.nesterov", "true", "momentum: 0.9", "  momentum: 0.9"),
     added("gamma for cosine", "schedule.gamma", "0.5", "uses it: step", beside="name: cosine"),
     added("fraction for constant", "schedule.final_fraction", "0.1", "cosine, linear"),

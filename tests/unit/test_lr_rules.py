@@ -46,7 +46,17 @@ def test_an_unknown_noise_scale_risks_no_larger_rate() -> None:
     assert build_rule("noise_scale")(8.0, noise_scale=None, base_batch=32) == 1.0
 
 
-@pytest.mark.parametrize(("optimizer", "same_as"), [("sgd", "noise_scale"), ("adam", "sqrt"), ("adamw", "sqrt")])
+@pytest.mark.parametrize(
+    ("optimizer", "same_as"),
+    [
+        ("sgd", "noise_scale"),
+        ("lars", "noise_scale"),
+        ("adam", "sqrt"),
+        ("adamw", "sqrt"),
+        ("lamb", "sqrt"),
+        ("lans", "sqrt"),
+    ],
+)
 def test_auto_follows_the_optimizers_family(optimizer, same_as) -> None:
     found = build_rule("auto", optimizer_name=optimizer)(4.0, noise_scale=100.0, base_batch=32)
     assert found == build_rule(same_as)(4.0, noise_scale=100.0, base_batch=32)

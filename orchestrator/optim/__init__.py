@@ -1,0 +1,19 @@
+"""Optimizers for large batches: each layer, that is each parameter tensor, moves by a share of its own norm.
+
+Written here because the published packages at hand divide where they should multiply, clamp what no formula clamps,
+or begin their momentum with another quantity; ``tests/unit/test_optimizers.py`` holds these to the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from orchestrator.optim.lamb import LAMB
+from orchestrator.optim.lans import LANS
+from orchestrator.optim.lars import LARS
+
+OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {"lars": LARS, "lamb": LAMB, "lans": LANS}
+
+__all__ = ["LAMB", "LANS", "LARS", "OPTIMIZERS"]
