@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -9,7 +10,19 @@ from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.config.section import Broken, Section, default_of, name_of, refuse
 
-POLICIES = ("fixed", "schedule", "noise_scale")
+MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test")  # these follow the noise scale
+POLICIES = ("fixed", "schedule", *MEASURED_POLICIES)
+
+# The keys without which a policy cannot be, and which no other built-in one uses: its policy, and what is usual.
+_NEEDED: Mapping[str, tuple[str, str]] = {
+    "ramp": ("schedule", "write ramp: [[20000, 64], [40000, 128]], samples seen and batch"),
+    "exchange_rate": (
+        "tradeoff",
+        "write exchange_rate: 1000, the samples that one saved step is worth; of a step that takes "
+        "t0 + t1 x batch seconds it is t0 / t1",
+    ),
+    "theta": ("norm_test", "write theta: 0.5, the largest part of the gradient's norm that may be noise"),
+}
 
 
 class BatchSection(Section):
@@ -68,7 +81,9 @@ class ControllerSection(Section):
         default="act", description="[name] act, or advise: measure and say what would be done, but never do it"
     )
     policy: Annotated[str, AfterValidator(name_of(POLICIES, "a policy"))] = Field(
-        default="noise_scale", description="[name] fixed, schedule (the ramp), noise_scale, or module:attribute"
+        default="noise_scale",
+        description="[name] fixed, schedule (the ramp), noise_scale, tradeoff (steps against samples), "
+        "norm_test, or module:attribute",
     )
     every_samples: int = Field(default=1024, ge=1, description="[samples] between two decisions")
     lag_steps: int = Field(
@@ -83,7 +98,21 @@ class ControllerSection(Section):
     max_growth: float = Field(
         default=2.0, gt=1, description="[ratio] the most that one decision multiplies the batch by"
     )
-    kappa: float = Field(default=1.0, gt=0, description="[ratio] target batch = kappa x noise scale")
+    kappa: float = Field(
+        default=1.0, gt=0, description="[ratio] policy noise_scale: target batch = kappa x noise scale"
+    )
+    exchange_rate: float | None = Field(
+        default_factory=default_of({}),
+        gt=0,
+        description="[samples per step] policy tradeoff: how many samples one saved step is worth; target batch = "
+        "root of exchange_rate x noise scale",
+    )
+    theta: float | None = Field(
+        default_factory=default_of({}),
+        gt=0,
+        description="[ratio] policy norm_test: the gradient's noise is at most theta x its norm; target batch = "
+        "noise scale / theta^2",
+    )
     shrink: bool = Field(default=False, description="[true or false] whether the batch may become smaller again")
     ramp: Annotated[tuple[_RampEntry, ...], Field(strict=False)] | None = Field(
         default_factory=default_of({}),
@@ -100,14 +129,19 @@ class ControllerSection(Section):
     def _rules(self) -> ControllerSection:
         broken = []
         ramp = self.ramp or ()
-        if self.policy == "schedule" and not ramp:
-            fix = "write ramp: [[20000, 64], [40000, 128]], samples seen and batch"
-            rule = "policy schedule needs a ramp"
-            broken.append(Broken(keys=("ramp", "policy"), value=self.ramp, rule=rule, fix=fix))
-        elif self.policy != "schedule" and self.ramp is not None:
-            fix = "remove it, or write policy: schedule"
-            rule = f"policy {self.policy} does not use a ramp"
-            broken.append(Broken(keys=("ramp", "policy"), value=self.ramp, rule=rule, fix=fix))
+        for key, (owner, usual) in _NEEDED.items():
+            value = getattr(self, key)
+            if self.policy == owner and not value:
+                rule = f"policy {owner} needs it"
+                broken.append(Broken(keys=(key, "policy"), value=value, rule=rule, fix=usual))
+            elif self.policy in POLICIES and self.policy != owner and value is not None:
+                rule, fix = f"policy {self.policy} does not use it", f"remove it, or write policy: {owner}"
+                broken.append(Broken(keys=(key, "policy"), value=value, rule=rule, fix=fix))
+        if self.policy in ("tradeoff", "norm_test") and self.kappa != 1:
+            key = "exchange_rate" if self.policy == "tradeoff" else "theta"
+            rule = f"policy {self.policy} does not use it"
+            fix = f"remove it and set {key}, or write policy: noise_scale"
+            broken.append(Broken(keys=("kappa", "policy"), value=self.kappa, rule=rule, fix=fix))
         if any(a[0] >= b[0] for a, b in pairwise(ramp)):
             rule = "the ramp's samples must rise from one entry to the next"
             broken.append(Broken(keys=("ramp",), value=self.ramp, rule=rule, fix="put its entries in order"))

@@ -34,6 +34,8 @@ LR_RULE_KEYS: Mapping[str, frozenset[str]] = {
     "sqrt": frozenset(),
     "power": frozenset({"exponent"}),
     "noise_scale": frozenset({"exponent"}),
+    "adascale": frozenset(),
+    "surge": frozenset({"peak_batch", "floor"}),
 }
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -155,13 +157,24 @@ class LrRuleSection(Section):
     name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
         default="auto",
         description="[name] auto (noise_scale for sgd, lars; sqrt for adam, adamw, lamb, lans), constant, linear, "
-        "sqrt, power, noise_scale, or module:attribute",
+        "sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, or module:attribute",
     )
     exponent: float | None = Field(
         default_factory=default_of({"noise_scale": 1.0}),
         gt=0,
         le=1,
         description="[exponent] power: of batch / batch.initial; noise_scale: of its gain (1 for sgd, 0.5 for adam)",
+    )
+    peak_batch: int | None = Field(
+        default_factory=default_of({}),
+        ge=1,
+        description="[samples] surge: batch at which the best rate is highest, found by trials; not the noise scale",
+    )
+    floor: float | None = Field(
+        default_factory=default_of({"surge": 0.5}),
+        gt=0,
+        le=1,
+        description="[fraction] surge: of the rate at peak_batch that is kept however far the batch is above it",
     )
 
     @model_validator(mode="after")
@@ -170,5 +183,13 @@ class LrRuleSection(Section):
         if self.name == "power" and self.exponent is None:
             rule, fix = "lr_rule power needs its exponent", "between 0.5 (as sqrt does) and 1.0 (as linear does)"
             broken.append(Broken(keys=("exponent", "name"), value=None, rule=rule, fix=fix))
+        if self.name == "surge" and self.peak_batch is None:
+            rule = "lr_rule surge needs the batch at which the best rate is highest"
+            fix = "write the one found by trials at several batches; without trials, lr_rule.name: sqrt suits adam"
+            broken.append(Broken(keys=("peak_batch", "name"), value=None, rule=rule, fix=fix))
+        for key in ("peak_batch", "floor"):
+            if self.name not in LR_RULE_KEYS and getattr(self, key) is not None:
+                rule, fix = "a rule of your own is given exponent alone", "remove it, or write lr_rule.name: surge"
+                broken.append(Broken(keys=(key, "name"), value=getattr(self, key), rule=rule, fix=fix))
         refuse(broken)
         return self

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.batch_size import BatchSection, ControllerSection, MeasureSection
+from orchestrator.config.batch_size import MEASURED_POLICIES, BatchSection, ControllerSection, MeasureSection
 from orchestrator.config.execution import CheckpointSection, DataSection, RecoverySection, WorkersSection
 from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
 from orchestrator.config.section import Broken, Section, refuse
@@ -60,10 +60,10 @@ class RunConfig(Section):
     def _batch_rules(self) -> list[Broken]:
         broken = []
         batch, controller, workers = self.batch, self.controller, self.workers
-        acts = controller.mode == "act" and controller.policy == "noise_scale"
+        acts = controller.mode == "act" and controller.policy in MEASURED_POLICIES
         may_shrink = controller.shrink and batch.min < batch.initial
         if acts and batch.max == batch.initial and not may_shrink:
-            rule = "controller.mode act with policy noise_scale has no room: batch.max equals batch.initial"
+            rule = f"controller.mode act with policy {controller.policy} has no room: batch.max equals batch.initial"
             fix = f"write batch.max: {16 * batch.initial}, or controller.mode: advise, or controller.policy: fixed"
             keys: tuple[str, ...] = ("batch.max", "batch.initial", "controller.mode", "controller.policy")
             broken.append(Broken(keys=keys, value=batch.max, rule=rule, fix=fix))

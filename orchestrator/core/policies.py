@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from orchestrator.core import preferences
+from orchestrator.core.preferences import Preference
 from orchestrator.registry import resolve
 from orchestrator.types import Decision, NoiseStats
 
@@ -35,7 +37,9 @@ class PolicySettings:
     """The config's words on the target batch, with the limits already fitted to the data set."""
 
     name: str
-    kappa: float = 1.0  # target = kappa x noise scale
+    kappa: float = 1.0  # noise_scale, and what is imported: target = kappa x noise scale
+    exchange_rate: float | None = None  # tradeoff: samples that one saved step is worth
+    theta: float | None = None  # norm_test: the noise over the gradient's norm that is let pass
     ramp: tuple[tuple[int, int], ...] = ()  # (samples seen, batch)
     deadband: float = 1.5  # ratio
     cooldown_samples: int = 0
@@ -66,35 +70,58 @@ def schedule(settings: PolicySettings) -> Policy:
     return propose
 
 
-def noise_scale(settings: PolicySettings) -> Policy:
-    """``kappa`` x B_simple (McCandlish et al. 2018, arXiv:1812.06162), where the interval allows a decision.
+def follow(preference: Preference) -> Policy:
+    """The batch preferred at the measured noise scale, where the interval allows a decision.
 
     Grows only when even the low end of the interval asks for more than the present batch, shrinks only when even the
     high end asks for less: a controller that cannot tell holds.
     """
-    kappa = settings.kappa
+    batch_at = preference.batch_at
 
     def propose(inputs: PolicyInputs) -> Decision:
         stats = inputs.stats
         if not stats.bounded or stats.noise_scale is None or stats.low is None or stats.high is None:
             return _keep(inputs, _no_signal(stats))
-        seen = f"noise scale {stats.noise_scale:.4g} [{stats.low:.4g}, {stats.high:.4g}]"
-        if kappa != 1:
-            seen += f" x {kappa:g}"
-        wish = max(1, _whole(kappa * stats.noise_scale))
-        if wish > inputs.batch and kappa * stats.low <= inputs.batch:
+        seen = f"noise scale {stats.noise_scale:.4g} [{stats.low:.4g}, {stats.high:.4g}]{preference.words}"
+        wish = max(1, _whole(batch_at(stats.noise_scale)))
+        if wish > inputs.batch and batch_at(stats.low) <= inputs.batch:
             return _keep(inputs, f"{seen} is not surely above the batch")
-        if wish < inputs.batch and kappa * stats.high >= inputs.batch:
+        if wish < inputs.batch and batch_at(stats.high) >= inputs.batch:
             return _keep(inputs, f"{seen} is not surely below the batch")
         return Decision(target_batch=wish, reason=seen)
 
     return propose
 
 
+# What each policy that follows the noise scale makes of it.
+PREFERENCES: Mapping[str, Callable[[PolicySettings], Preference]] = {
+    "noise_scale": lambda settings: preferences.proportional(settings.kappa),
+    "tradeoff": lambda settings: preferences.tradeoff(settings.exchange_rate),
+    "norm_test": lambda settings: preferences.norm_test(settings.theta),
+}
+
+
+def noise_scale(settings: PolicySettings) -> Policy:
+    """``kappa`` x the noise scale."""
+    return follow(PREFERENCES["noise_scale"](settings))
+
+
+def tradeoff(settings: PolicySettings) -> Policy:
+    """The root of ``exchange_rate`` x the noise scale: the best steps for the samples spent."""
+    return follow(PREFERENCES["tradeoff"](settings))
+
+
+def norm_test(settings: PolicySettings) -> Policy:
+    """The noise scale / ``theta`` squared: the gradient's noise is at most ``theta`` of its norm."""
+    return follow(PREFERENCES["norm_test"](settings))
+
+
 POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
     "fixed": fixed,
     "schedule": schedule,
     "noise_scale": noise_scale,
+    "tradeoff": tradeoff,
+    "norm_test": norm_test,
 }
 
 
@@ -109,7 +136,8 @@ def build_policy(settings: PolicySettings) -> Policy:
         return policy
     if settings.name != "schedule":
         # From the innermost out: what the evidence supports, then how fast, then whether it is worth a change.
-        policy = with_credit(policy, kappa=settings.kappa)
+        prefer = PREFERENCES.get(settings.name, PREFERENCES["noise_scale"])
+        policy = with_credit(policy, batch_at=prefer(settings).batch_at)
         policy = with_growth_cap(policy, max_growth=settings.max_growth)
     if not settings.shrink:
         policy = without_shrinking(policy)
@@ -120,14 +148,17 @@ def build_policy(settings: PolicySettings) -> Policy:
     return policy
 
 
-def with_credit(inner: Policy, *, kappa: float) -> Policy:
-    """Growth no further than ``kappa`` x the credited noise scale: the guard against the ratchet (see ``guard``)."""
+def with_credit(inner: Policy, *, batch_at: Callable[[float], float]) -> Policy:
+    """Growth no further than the batch at the credited noise scale: the guard against the ratchet (see ``guard``).
+
+    ``batch_at`` is that of the policy's own ``Preference``.
+    """
 
     def propose(inputs: PolicyInputs) -> Decision:
         wish = inner(inputs)
         if inputs.credit is None or wish.target_batch <= inputs.batch:
             return wish
-        most = max(inputs.batch, _whole(kappa * inputs.credit))
+        most = max(inputs.batch, _whole(batch_at(inputs.credit)))
         if wish.target_batch <= most:
             return wish
         why = f"only {inputs.credit:.4g} of it is credited, the rest rose with the batch and without progress"

@@ -21,7 +21,7 @@ def total_samples(config: RunConfig, *, dataset_size: int) -> int:
 
 def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
     """Raises ``TaskError`` when the data set is smaller than the batch the run begins with."""
-    batch, control = config.batch, config.controller
+    batch, control, lr_rule = config.batch, config.controller, config.lr_rule
     if dataset_size < batch.initial:
         raise TaskError(
             f"the training set has {dataset_size} samples and batch.initial is {batch.initial}: a batch never holds "
@@ -32,6 +32,8 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         PolicySettings(
             name=control.policy,
             kappa=control.kappa,
+            exchange_rate=control.exchange_rate,
+            theta=control.theta,
             ramp=tuple(control.ramp or ()),
             deadband=control.deadband,
             cooldown_samples=control.cooldown_samples,
@@ -51,7 +53,13 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         lag_steps=control.lag_steps,
         noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),
         policy=policy,
-        lr_rule=build_rule(config.lr_rule.name, exponent=config.lr_rule.exponent, optimizer_name=config.optimizer.name),
+        lr_rule=build_rule(
+            lr_rule.name,
+            exponent=lr_rule.exponent,
+            peak_batch=lr_rule.peak_batch,
+            floor=lr_rule.floor,
+            optimizer_name=config.optimizer.name,
+        ),
         workers=WorkerLimits(
             minimum=config.workers.min,
             maximum=config.workers.max,

@@ -7,12 +7,17 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orchestrator.core.lr_rules import LR_RULES, build_rule
-from orchestrator.core.policies import POLICIES, PolicyInputs, PolicySettings, build_policy
+from orchestrator.core.policies import POLICIES, PREFERENCES, PolicyInputs, PolicySettings, build_policy
 from orchestrator.types import NoiseStats, Verdict
 
-EXPONENTS = {"power": 0.7, "noise_scale": 1.0}
+RULE_SETTINGS = {"power": {"exponent": 0.7}, "noise_scale": {"exponent": 1.0}, "surge": {"peak_batch": 1000}}
+# Of the rules, these fall above their peak: they promise the shape that is tested at the end, and not the usual one.
+PEAKED = {"surge"}
 FLOOR, CEILING = 8, 4096
 RAMP = ((0, 8), (500, 64), (10**6, 4096))
+NEEDED = {"schedule": {"ramp": RAMP}, "tradeoff": {"exchange_rate": 300.0}, "norm_test": {"theta": 0.5}}
+# The number by which a policy turns noise scale into batch.
+KNOBS = {"noise_scale": "kappa", "tradeoff": "exchange_rate", "norm_test": "theta"}
 
 batches = st.integers(FLOOR, CEILING)
 scales = st.floats(1e-300, 1.7e308)
@@ -39,19 +44,23 @@ def situations(draw, verdicts=tuple(Verdict)):
 
 
 def policy(name: str, **more):
-    ramp = RAMP if name == "schedule" else ()
-    return build_policy(PolicySettings(name=name, ramp=ramp, floor=FLOOR, ceiling=CEILING, **more))
+    return build_policy(settings(name, **more))
+
+
+def settings(name: str, **more):
+    return PolicySettings(name=name, floor=FLOOR, ceiling=CEILING, **(NEEDED.get(name, {}) | more))
 
 
 def rule(name: str):
-    return build_rule(name, exponent=EXPONENTS.get(name))
+    return build_rule(name, **RULE_SETTINGS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-@given(situation=situations(), shrink=st.booleans(), kappa=st.sampled_from([1e-300, 0.5, 1.0, 1e300]))
-def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation, shrink, kappa) -> None:
-    decision = policy(name, shrink=shrink, kappa=kappa)(situation)
-    assert decision == policy(name, shrink=shrink, kappa=kappa)(situation)
+@given(situation=situations(), shrink=st.booleans(), knob=st.sampled_from([1e-300, 0.5, 1.0, 1e300]))
+def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation, shrink, knob) -> None:
+    turned = {KNOBS[name]: knob} if name in KNOBS else {}
+    decision = policy(name, shrink=shrink, **turned)(situation)
+    assert decision == policy(name, shrink=shrink, **turned)(situation)
     assert type(decision.target_batch) is int
     assert FLOOR <= decision.target_batch <= CEILING
     assert decision.reason.strip()
@@ -65,12 +74,31 @@ def test_without_a_signal_the_batch_is_kept(name, situation) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "schedule"])
+@given(low=st.none() | scales, verdict=st.sampled_from(Verdict), batch=batches, shrink=st.booleans())
+def test_an_interval_without_an_upper_end_moves_no_policy(name, low, verdict, batch, shrink) -> None:
+    stats = NoiseStats(verdict=verdict, noise_scale=low and 2 * low, low=low)
+    decision = policy(name, shrink=shrink)(PolicyInputs(stats=stats, batch=batch, samples_seen=10**9))
+    assert decision.target_batch == batch
+
+
+@pytest.mark.parametrize("name", list(PREFERENCES))
+@given(many=st.lists(st.floats(0, 1.7e308), min_size=2, max_size=9), knob=st.floats(1e-300, 1e300))
+def test_a_preference_never_falls_as_the_noise_scale_rises(name, many, knob) -> None:
+    batch_at = PREFERENCES[name](settings(name, **{KNOBS[name]: knob})).batch_at
+    wished = [batch_at(scale) for scale in sorted(many)]
+    assert wished == sorted(wished)
+    assert wished[0] >= 0
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "schedule"])
 @given(situation=situations((Verdict.MEASURED,)))
 def test_growth_is_at_most_the_cap_and_is_paid_by_the_credit(name, situation) -> None:
     grown = policy(name, max_growth=2.0)(situation).target_batch
     assert grown <= 2 * situation.batch
     if situation.credit is not None:
-        assert grown <= max(situation.batch, round(situation.credit))
+        prefer = PREFERENCES.get(name)
+        paid = prefer(settings(name)).batch_at(situation.credit) if prefer else 0.0
+        assert grown <= max(situation.batch, round(min(paid, CEILING)))
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "schedule"])
@@ -90,7 +118,7 @@ def test_rules_are_exactly_one_at_ratio_one(name, noise_scale, base_batch) -> No
     assert rule(name)(1.0, noise_scale=noise_scale, base_batch=base_batch) == 1.0
 
 
-@pytest.mark.parametrize("name", list(LR_RULES))
+@pytest.mark.parametrize("name", [name for name in LR_RULES if name not in PEAKED])
 @given(ratio=ratios, noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
 def test_rules_lie_between_one_and_the_ratio(name, ratio, noise_scale, base_batch) -> None:
     factor = rule(name)(ratio, noise_scale=noise_scale, base_batch=base_batch)
@@ -98,8 +126,34 @@ def test_rules_lie_between_one_and_the_ratio(name, ratio, noise_scale, base_batc
     assert min(1.0, ratio) * (1 - 1e-12) <= factor <= max(1.0, ratio) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("name", list(LR_RULES))
+@pytest.mark.parametrize("name", [name for name in LR_RULES if name not in PEAKED])
 @given(many=st.lists(ratios, min_size=2, max_size=9), noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
 def test_rules_rise_with_the_ratio(name, many, noise_scale, base_batch) -> None:
     factors = [rule(name)(ratio, noise_scale=noise_scale, base_batch=base_batch) for ratio in sorted(many)]
     assert all(a <= b * (1 + 1e-12) for a, b in pairwise(factors))
+
+
+peaks, floors = st.integers(1, 10**9), st.floats(1e-3, 1)
+
+
+@pytest.mark.parametrize("name", sorted(PEAKED))
+@given(many=st.lists(ratios, min_size=2, max_size=9), base_batch=st.integers(1, 10**9), peak=peaks, floor=floors)
+def test_peaked_rules_rise_to_the_peak_and_fall_above_it(name, many, base_batch, peak, floor) -> None:
+    peaked = build_rule(name, peak_batch=peak, floor=floor)
+    many = sorted([*many, peak / base_batch])
+    factors = [peaked(ratio, noise_scale=None, base_batch=base_batch) for ratio in many]
+    top = many.index(peak / base_batch)
+    assert all(a <= b * (1 + 1e-12) for a, b in pairwise(factors[: top + 1]))
+    assert all(a * (1 + 1e-12) >= b for a, b in pairwise(factors[top:]))
+
+
+@pytest.mark.parametrize("name", sorted(PEAKED))
+@given(ratio=ratios, base_batch=st.integers(1, 10**9), peak=peaks, floor=floors)
+def test_peaked_rules_rise_no_faster_than_the_root_and_fall_no_further_than_the_floor(
+    name, ratio, base_batch, peak, floor
+) -> None:
+    factor = build_rule(name, peak_batch=peak, floor=floor)(ratio, noise_scale=None, base_batch=base_batch)
+    below, above = (floor, math.sqrt(ratio)) if ratio >= 1 else (math.sqrt(ratio), 1 / floor)
+    assert below * (1 - 1e-12) <= factor <= above * (1 + 1e-12)
+    if max(1.0, ratio) * base_batch <= peak:  # below the peak, what every other rule promises
+        assert min(1.0, ratio) * (1 - 1e-12) <= factor <= max(1.0, ratio) * (1 + 1e-12)

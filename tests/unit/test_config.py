@@ -14,7 +14,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import RunConfig, load_config, to_yaml
+from orchestrator.config.batch_size import POLICIES as POLICY_NAMES
+from orchestrator.config.optimization import LR_RULE_KEYS
+from orchestrator.core.lr_rules import LR_RULES
+from orchestrator.core.policies import POLICIES, PolicyInputs
 from orchestrator.errors import CheckpointError, ConfigError, GroundswellError, Problem
+from orchestrator.runtime.rules import rules_from
+from orchestrator.types import NoiseStats, Verdict
 
 MINIMAL = """\
 task: {name: digits}
@@ -66,9 +72,9 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "batch": "initial micro_batch max min",
         "optimizer": "name lr momentum trust nesterov betas eps weight_decay",
         "schedule": "name warmup_samples start_fraction final_fraction milestones_samples gamma decay_samples",
-        "lr_rule": "name exponent",
-        "controller": "mode policy every_samples lag_steps cooldown_samples deadband max_growth kappa shrink ramp "
-        "half_life_samples confidence",
+        "lr_rule": "name exponent peak_batch floor",
+        "controller": "mode policy every_samples lag_steps cooldown_samples deadband max_growth kappa exchange_rate "
+        "theta shrink ramp half_life_samples confidence",
         "measure": "estimator every_steps",
         "workers": "initial min max micro_batches_each when resize_cost_s cpus_per_worker gpus_per_worker threads",
         "data": "loader_workers prefetch pin_memory seed_each_sample",
@@ -89,6 +95,14 @@ def test_every_key_is_described_with_its_unit(section: str, model: type[BaseMode
         for suffix, unit in (("_samples", "samples"), ("_steps", "steps"), ("_s", "s")):
             if key.endswith(suffix):
                 assert unit in (field.description or "").split("]")[0], f"{section}.{key}"
+
+
+def test_the_config_knows_the_policies_and_rules_that_there_are() -> None:
+    assert tuple(POLICIES) == POLICY_NAMES
+    assert ["auto", *LR_RULES] == list(LR_RULE_KEYS)
+    for names, field in ((POLICIES, ("controller", "policy")), (LR_RULE_KEYS, ("lr_rule", "name"))):
+        described = dict(sections())[field[0]].model_fields[field[1]].description or ""
+        assert all(re.search(rf"\b{name}\b", described) for name in names)
 
 
 def test_a_config_cannot_be_changed(minimal: Path) -> None:
@@ -177,6 +191,35 @@ def test_layer_wise_optimizers_have_their_own_keys_and_defaults(
         "lr": 1.0,
         **expected,
     }
+
+
+def test_keys_of_other_policies_and_rules_are_absent_and_not_written(minimal: Path) -> None:
+    config = load_config(minimal)
+    absent = [config.controller.exchange_rate, config.controller.theta, config.lr_rule.peak_batch, config.lr_rule.floor]
+    assert absent == [None] * 4
+    assert not re.search("exchange_rate|theta|peak_batch|floor:", to_yaml(config, comments=False))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "written"),
+    [
+        (["controller.policy=tradeoff", "controller.exchange_rate=1000"], "  exchange_rate: 1000.0\n"),
+        (["controller.policy=norm_test", "controller.theta=0.5"], "  theta: 0.5\n"),
+        (["lr_rule.name=surge", "lr_rule.peak_batch=2048"], "  peak_batch: 2048\n  floor: 0.5\n"),
+        (["controller.policy=my.own:make", "controller.theta=3", "controller.ramp=[[9, 64]]"], "  theta: 3.0\n"),
+    ],
+)
+def test_what_a_policy_or_rule_needs_is_read_written_and_becomes_rules(minimal: Path, overrides, written) -> None:
+    config = load_config(minimal, overrides)
+    text = to_yaml(config, comments=False)
+    assert written in text
+    minimal.write_text(text, encoding="utf-8")
+    assert load_config(minimal) == config
+    if "my.own" not in text:
+        rules = rules_from(config, dataset_size=10**6)
+        stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=1e6, low=1e6, high=1e6)
+        assert rules.policy(PolicyInputs(stats=stats, batch=32, samples_seen=0)).target_batch == 64
+        assert rules.lr_rule(1.0, noise_scale=None, base_batch=32) == 1.0
 
 
 def test_an_imported_name_may_use_any_key_of_its_section(minimal: Path) -> None:

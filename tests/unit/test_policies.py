@@ -1,5 +1,7 @@
 """Base policies and the restraints around them: when a batch changes, how far, and what the reason says."""
 
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.core.policies import (
@@ -61,6 +63,57 @@ def test_kappa_multiplies_the_noise_scale() -> None:
     settings = PolicySettings(name="noise_scale", kappa=0.5, deadband=1.0, max_growth=1e9)
     assert build_policy(settings)(inputs(measured(310, 250, 402))).target_batch == 155
     assert build_policy(settings)(inputs(measured(310, 100, 402))).target_batch == 64
+
+
+FREE = {"deadband": 1.0, "max_growth": 1e9, "shrink": True}
+ROOT = PolicySettings(name="tradeoff", exchange_rate=100.0, **FREE)
+NORM = PolicySettings(name="norm_test", theta=0.5, **FREE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "expected"),
+    [
+        (ROOT, 1000, 316),  # sqrt(100 x 1000)
+        (NORM, 100, 400),  # tr(Sigma) 100, |G|^2 1: the noise of 400 samples is half of |G|
+        (replace(NORM, theta=1.0), 100, 100),
+        (replace(NORM, theta=2.0), 100, 25),
+    ],
+)
+def test_closed_forms_of_the_batch_at_a_noise_scale(settings, scale, expected) -> None:
+    decision = build_policy(settings)(inputs(measured(scale, scale, scale)))
+    assert decision.target_batch == expected
+    assert f"noise scale {scale} [{scale}, {scale}]" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "stats", "expected"),
+    [
+        (ROOT, measured(1000, 41, 9000), 316),  # even sqrt(100 x 41) is 64.03
+        (ROOT, measured(1000, 40, 9000), 64),  # sqrt(100 x 40) is 63.2: perhaps not above the batch
+        (ROOT, measured(10, 1, 40), 32),
+        (ROOT, measured(10, 1, 41), 64),
+        (NORM, measured(100, 16.1, 900), 400),
+        (NORM, measured(100, 16, 900), 64),
+        (NORM, measured(10, 1, 15.9), 40),
+        (NORM, measured(10, 1, 16), 64),
+    ],
+)
+def test_the_whole_interval_is_turned_into_batches_before_it_is_compared(settings, stats, expected) -> None:
+    assert build_policy(settings)(inputs(stats)).target_batch == expected
+
+
+@pytest.mark.parametrize(("settings", "expected"), [(ROOT, 100), (NORM, 400)])
+def test_the_guards_credit_is_turned_into_batches_as_the_noise_scale_is(settings, expected) -> None:
+    decision = build_policy(settings)(inputs(measured(1e6, 1e6, 1e6), credit=100.0))
+    assert decision.target_batch == expected
+    assert "only 100 of it is credited" in decision.reason
+
+
+@pytest.mark.parametrize("value", [None, 0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(("name", "key"), [("tradeoff", "exchange_rate"), ("norm_test", "theta")])
+def test_a_policy_without_its_number_is_refused(name, key, value) -> None:
+    with pytest.raises(ValueError, match=rf"controller\.{key} (is missing|must be a positive number)"):
+        build_policy(PolicySettings(name=name, **{key: value}))
 
 
 def test_reasons_state_the_numbers_and_the_restraint() -> None:
@@ -138,8 +191,8 @@ def test_without_shrinking_only_growth_is_left(wish, expected) -> None:
 @pytest.mark.parametrize(
     ("credit", "wish", "expected"), [(None, 500, 500), (100, 500, 200), (30, 500, 64), (30, 20, 20), (1e6, 500, 500)]
 )
-def test_growth_is_cut_to_kappa_times_the_credit_and_shrinking_is_free(credit, wish, expected) -> None:
-    assert target(with_credit(wishes(wish), kappa=2.0), credit=credit) == expected
+def test_growth_is_cut_to_the_batch_at_the_credit_and_shrinking_is_free(credit, wish, expected) -> None:
+    assert target(with_credit(wishes(wish), batch_at=lambda scale: 2 * scale), credit=credit) == expected
 
 
 def own_policy(settings: PolicySettings):
@@ -151,6 +204,14 @@ def test_an_imported_policy_gets_the_settings_and_the_restraints() -> None:
     assert target(build_policy(settings)) == 100
 
 
+def theta_as_batch(settings: PolicySettings):
+    return wishes(round(settings.theta))
+
+
+def test_an_imported_policy_may_use_any_number_of_the_settings() -> None:
+    assert target(build_policy(PolicySettings(name=f"{__name__}:theta_as_batch", theta=100.0))) == 100
+
+
 def test_an_unknown_policy_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="fixed, schedule, noise_scale"):
+    with pytest.raises(ValueError, match="fixed, schedule, noise_scale, tradeoff, norm_test"):
         build_policy(PolicySettings(name="nois_scale"))
