@@ -10,6 +10,7 @@ from launch.config_commands import config_group
 from launch.doctor import doctor_command
 from launch.ledger_command import ledger_group
 from launch.plot_command import plot_command
+from launch.probe_command import probe_command
 from launch.run_command import run_command
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     """
 
 
-for _command in (run_command, config_group, doctor_command, ledger_group, plot_command):
+for _command in (run_command, probe_command, config_group, doctor_command, ledger_group, plot_command):
     main.add_command(_command)
 
 

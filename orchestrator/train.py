@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, TaskError
 from orchestrator.optim import OPTIMIZERS
 from orchestrator.registry import resolve
+from orchestrator.runtime.precision import precision
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.worker import Worker
 from orchestrator.session import Session
@@ -49,7 +49,7 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
 
 
 def _loss(task: Task, model: nn.Module, batch: Any, *, config: RunConfig, worker: Worker) -> Tensor:
-    with precision(config, worker):
+    with precision(config, worker.device):
         return task.loss(model, batch)
 
 
@@ -64,13 +64,6 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
     return optimizer
 
 
-def precision(config: RunConfig, worker: Worker) -> Any:
-    """The autocast context that ``train.precision`` asks for."""
-    if config.train.precision == "bf16":
-        return torch.autocast(worker.device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) -> dict[str, float]:
     """The task's metrics over its held-out set, each rank taking every so-many-th batch; the same on all ranks."""
@@ -82,7 +75,7 @@ def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) ->
     try:
         for indices in _chunks(len(task.eval_set), config.batch.micro_batch, worker.rank, worker.world_size):
             batch = move(collate([task.eval_set[i] for i in indices]), worker.device, non_blocking=True)
-            with precision(config, worker):
+            with precision(config, worker.device):
                 metrics = _numbers(task.metrics(model, batch))
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * len(indices)

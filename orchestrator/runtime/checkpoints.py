@@ -22,7 +22,12 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from orchestrator.errors import CheckpointError
 from orchestrator.ports import Collective
@@ -152,6 +157,35 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def load_weights(folder: Path, model: nn.Module) -> tuple[Path, tuple[Fault, ...]]:
+    """Load the model's tensors alone, on one process: from the checkpoint ``folder``, or the newest whole one of the
+    run in ``folder``. Its path, and those that were passed over.
+
+    Raises ``CheckpointError`` when there is none, none is whole, or the model does not fit.
+    """
+    chosen, faults = _choose_within(folder)
+    if chosen is None:
+        if faults:
+            listed = "; ".join(f"{fault.path}: {fault.why}" for fault in faults)
+            raise CheckpointError(f"no checkpoint under {folder} is whole ({listed}); name another checkpoint or run")
+        raise CheckpointError(
+            f"{folder} holds no checkpoint: name a folder such as runs/digits, or step-000000128 under its checkpoints"
+        )
+    try:
+        model_state = get_model_state_dict(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
+            state_dict_loader.load({"model": model_state}, checkpoint_id=chosen, no_dist=True)
+        _refuse_left_over(chosen, model_state)
+        set_model_state_dict(model, model_state)
+    except (Exception, CheckpointException) as error:  # DCP raises several kinds, none of them narrow
+        raise CheckpointError(
+            f"checkpoint {chosen} does not fit this model: {_cause(error)}; name the config and use the code that "
+            "wrote it"
+        ) from error
+    return chosen, faults
+
+
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint at ``path``, or ``None`` when every file is as it was written."""
     try:
@@ -185,6 +219,17 @@ def _choose(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
             return path, tuple(faults)
         faults.append(Fault(path=str(path), why=why))
     return None, tuple(faults)
+
+
+def _choose_within(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
+    """The newest whole checkpoint of a run's folder or of its checkpoints; or ``folder`` itself, if it is one."""
+    if _NAME.fullmatch(folder.name) or (folder / _MANIFEST).exists():
+        if not folder.is_dir():
+            return None, ()
+        why = verify(folder)
+        return (folder, ()) if why is None else (None, (Fault(path=str(folder), why=why),))
+    inside = folder / "checkpoints"
+    return _choose(inside if inside.is_dir() else folder)
 
 
 def _refuse_left_over(path: Path, model_state: Mapping[str, Any]) -> None:

@@ -32,6 +32,8 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["run", "--help"], 0, "Exit codes:"),
         (["doctor", "-h"], 0, "--no-ray"),
         (["ledger", "verify", "--help"], 0, "exactly once"),
+        (["probe", "--help"], 0, "without training it"),
+        (["probe", "digts"], 2, "did you mean digits?"),
         (["plot", "--help"], 0, "Draw the run"),
         (["--version"], 0, "groundswell "),
         (["config", "validate", "digits"], 0, "OK digits"),
