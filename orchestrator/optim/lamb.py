@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from orchestrator.optim.layers import (
+    LayerWiseOptimizer,
+    adam_moments,
     adapts,
-    check_betas,
-    check_not_negative,
-    check_positive,
+    check_adam_settings,
     computing,
-    moving,
     norm,
     ratio,
 )
 
 
 @final
-class LAMB(torch.optim.Optimizer):
+class LAMB(LayerWiseOptimizer):
     """Layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962), with phi the identity.
 
     Per layer, which is a parameter tensor w with gradient g, at its step t = 1, 2, ...::
@@ -58,43 +55,12 @@ class LAMB(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
-            check_not_negative(group["lr"], key="lr", optimizer="LAMB")
-            check_betas(group["betas"], optimizer="LAMB")
-            check_positive(group["eps"], key="eps", usual=1e-6, optimizer="LAMB")
-            check_not_negative(group["weight_decay"], key="weight_decay", optimizer="LAMB")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
-
-        Nothing waits for the device. Gradients are left as they are.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter, gradient in moving(group, optimizer="LAMB"):
-                self._move(parameter, gradient, group)
-        return loss
+            check_adam_settings(group, optimizer="LAMB")
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         w, g = computing(parameter), computing(gradient)
-        beta1, beta2 = group["betas"]
-        state = self.state[parameter]
-        if not state:
-            # Counted on the host, so that reading it waits for nothing; torch.optim's Adam does so too.
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["step"] += 1
-        steps = state["step"].double()  # in float32, 1 - 0.999 would be wrong in its fifth digit
-        m = computing(state["exp_avg"]).mul_(beta1).add_(g, alpha=1 - beta1)
-        v = computing(state["exp_avg_sq"]).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        # m and v are the state itself in float32 and float64, and copies of it in less.
-        state["exp_avg"].copy_(m)
-        state["exp_avg_sq"].copy_(v)
-        update = (m / (1 - beta1**steps)).div_((v / (1 - beta2**steps)).sqrt_().add_(group["eps"]))
+        mean, scale = adam_moments(self.state[parameter], parameter, g, group)
+        update = mean.div_(scale)
         rate = group["lr"]
         if adapts(parameter, group):
             update.add_(w, alpha=group["weight_decay"])

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from orchestrator.optim.layers import (
+    LayerWiseOptimizer,
     adapts,
     check_fraction,
     check_not_negative,
     check_positive,
     computing,
-    moving,
     norm,
     ratio,
 )
 
 
 @final
-class LARS(torch.optim.Optimizer):
+class LARS(LayerWiseOptimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888).
 
     Per layer, which is a parameter tensor w with gradient g::
@@ -62,21 +61,6 @@ class LARS(torch.optim.Optimizer):
             check_fraction(group["momentum"], key="momentum", optimizer="LARS")
             check_positive(group["trust"], key="trust", usual=0.001, optimizer="LARS")
             check_not_negative(group["weight_decay"], key="weight_decay", optimizer="LARS")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
-
-        Nothing waits for the device. Gradients are left as they are.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter, gradient in moving(group, optimizer="LARS"):
-                self._move(parameter, gradient, group)
-        return loss
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         w, g = computing(parameter), computing(gradient)

@@ -1,13 +1,62 @@
-"""What the layer-wise optimizers share: which layers move, norms and their ratio, and settings that are refused."""
+"""What the layer-wise optimizers share: the step, Adam's moments, norms and their ratio, settings that are refused."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class LayerWiseOptimizer(torch.optim.Optimizer):
+    """Moves one parameter tensor after the other, each by its own gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
+
+        Nothing waits for the device. Gradients are left as they are.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter, gradient in moving(group, optimizer=type(self).__name__):
+                self._move(parameter, gradient, group)
+        return loss
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def adam_moments(
+    state: dict[str, Any], parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Takes ``gradient`` into Adam's averages in ``state``; the bias-corrected mean, and sqrt of the square + eps."""
+    beta1, beta2 = group["betas"]
+    if not state:
+        # Counted on the host, so that reading it waits for nothing; torch.optim's Adam does so too.
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    state["step"] += 1
+    steps = state["step"].double()  # in float32, 1 - 0.999 would be wrong in its fifth digit
+    m = computing(state["exp_avg"]).mul_(beta1).add_(gradient, alpha=1 - beta1)
+    v = computing(state["exp_avg_sq"]).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    # m and v are the state itself in float32 and float64, and copies of it in less.
+    state["exp_avg"].copy_(m)
+    state["exp_avg_sq"].copy_(v)
+    return m / (1 - beta1**steps), (v / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+
+
+def check_adam_settings(group: Mapping[str, Any], *, optimizer: str) -> None:
+    check_not_negative(group["lr"], key="lr", optimizer=optimizer)
+    check_betas(group["betas"], optimizer=optimizer)
+    check_positive(group["eps"], key="eps", usual=1e-6, optimizer=optimizer)
+    check_not_negative(group["weight_decay"], key="weight_decay", optimizer=optimizer)
 
 
 def moving(group: Mapping[str, Any], *, optimizer: str) -> Iterator[tuple[Tensor, Tensor]]:
