@@ -22,6 +22,16 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch", "torch.distributed", "orchestrator.session", "orchestrator.train"])
 _PATIENCE_S = 120.0
 
+# A controller that follows the measured noise scale several times in a short run: it believes half an interval.
+EAGER: dict[str, Any] = {
+    "policy": "noise_scale",
+    "every_samples": 128,
+    "cooldown_samples": 0,
+    "half_life_samples": 1024,
+    "confidence": 0.5,
+    "deadband": 1.1,
+}
+
 
 def config(folder: Path | str, **sections: Any) -> RunConfig:
     """A small valid config; each section given is merged over the defaults below."""

@@ -13,7 +13,7 @@ import torch
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
 from orchestrator.session import Session
-from tests.support import blobs, config, cross_entropy, mlp, run_fleet
+from tests.support import EAGER, blobs, config, cross_entropy, mlp, run_fleet
 
 pytestmark = pytest.mark.dist
 
@@ -50,16 +50,7 @@ def train(rank: int, path: str, step_s: float, lag_steps: int, mode: str) -> tup
         path,
         train={"samples": 2048},
         batch={"initial": 8, "micro_batch": 4, "max": 64},
-        controller={
-            "mode": mode,
-            "policy": "noise_scale",
-            "every_samples": 128,
-            "cooldown_samples": 0,
-            "half_life_samples": 1024,
-            "confidence": 0.5,
-            "deadband": 1.1,
-            "lag_steps": lag_steps,
-        },
+        controller={**EAGER, "mode": mode, "lag_steps": lag_steps},
         evaluation={"every_samples": None},
     )
     local = local_worker(settings)

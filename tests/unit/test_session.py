@@ -18,7 +18,7 @@ from orchestrator.runtime.brain import LocalBrain
 from orchestrator.runtime.collective import Solo
 from orchestrator.runtime.worker import Worker
 from orchestrator.session import Session
-from tests.support import blobs, config, cross_entropy, mlp
+from tests.support import EAGER, blobs, config, cross_entropy, mlp
 
 Rows = list[dict[str, Any]]
 
@@ -203,15 +203,7 @@ def growing(path: Path) -> RunConfig:
         train={"samples": 2048},
         batch={"initial": 8, "micro_batch": 4, "max": 128},
         schedule={"name": "cosine", "warmup_samples": 300},
-        controller={
-            "policy": "noise_scale",
-            "every_samples": 128,
-            "cooldown_samples": 0,
-            "half_life_samples": 1024,
-            "confidence": 0.5,
-            "deadband": 1.1,
-            "lag_steps": 2,
-        },
+        controller={**EAGER, "lag_steps": 2},
         ledger=True,
     )
 
