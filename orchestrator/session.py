@@ -35,7 +35,7 @@ from orchestrator.runtime.history import History
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
 from orchestrator.runtime.replica import Replica
-from orchestrator.runtime.rng import seeded
+from orchestrator.runtime.rng import SampleRandomness
 from orchestrator.runtime.rules import rules_from
 from orchestrator.runtime.run_state import RunState
 from orchestrator.runtime.step import Step, backward_seed, check_loss
@@ -112,6 +112,7 @@ class Session:
             scaler=grad_scaler,
         )
         self._exchange = Exchange(self._collective, self._history, lag_steps=rules.lag_steps, act=rules.act)
+        self._randomness = SampleRandomness(config.run.seed, self.worker.device)
         self._step: Step | None = None
         self._asked = Announcement()  # what was heard and not done yet
         self._stop_reason: str | None = None  # asked for on this rank
@@ -195,6 +196,7 @@ class Session:
         """Update the weights on every rank, or on none; exchange what was measured when it is time."""
         step = self._at_hand
         step.check_complete(self.step_number)
+        self._randomness.end()
         if step.done == 0 or step.rejected is not None:
             self._replica.take_part(spoil=step.rejected is not None)
         reading = self._meter.read(grad_scale=step.loss_scale)
@@ -230,6 +232,7 @@ class Session:
         self._history.journal.evaluation(metrics, step=self.step_number - 1, samples_seen=self.samples_seen)
 
     def close(self) -> None:
+        self._randomness.end()
         self._loader.close()
         self._meter.close()
         self._history.journal.close()
@@ -276,9 +279,11 @@ class Session:
             position, last = self.samples_seen + offset, number == len(step.spans) - 1
             batch = move(self._loader.take(position, size), self.worker.device, non_blocking=True)
             # Dropout belongs to the samples, not to the rank that happens to compute them.
-            with seeded(self.config.run.seed, position, self.worker.device), self._replica.synchronising(last):
+            self._randomness.begin(position)
+            with self._replica.synchronising(last):
                 step.micro = (size, last)
                 yield batch
+            self._randomness.end()
             if step.rejected is not None:
                 return
             if step.micro is not None:

@@ -29,7 +29,7 @@ from orchestrator.runtime.checkpoints import Fault, load_weights
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
 from orchestrator.runtime.precision import precision
-from orchestrator.runtime.rng import seeded
+from orchestrator.runtime.rng import SampleRandomness
 from orchestrator.runtime.step import backward_seed, check_loss
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.worker import local_worker
@@ -126,6 +126,7 @@ def _read(
         pin_memory=data.pin_memory,
         seed_each_sample=data.seed_each_sample,
     )
+    randomness = SampleRandomness(seed, device)
     size = plan.micro_batch
     loader.set_course((first, size) for first in range(0, plan.samples, size))
     try:
@@ -134,8 +135,8 @@ def _read(
                 meter.begin_step(measure=True)
                 for first in range(position, position + count * size, size):
                     batch = move(loader.take(first, size), device, non_blocking=True)
-                    with seeded(seed, first, device):
-                        loss = _backward(config, task, model, batch, count=count, device=device)
+                    randomness.begin(first)
+                    loss = _backward(config, task, model, batch, count=count, device=device)
                     meter.end_micro_batch(size=size, loss=loss, loss_scale=1 / count)
                 reading = meter.read()
             group = count * size
@@ -167,6 +168,7 @@ def _read(
             )
             state = noise.absorb(state, sample, settings)
     finally:
+        randomness.end()
         meter.close()
         loader.close()
     return noise.stats(state, settings), loss_sum / position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,40 @@ def test_the_callers_generator_goes_on_where_the_checkpoint_left_it(tmp_path: Pa
     first = drawing(tmp_path / "parts", stop_in_step=7)
     torch.manual_seed(77)
     assert first + drawing(tmp_path / "parts", resume=True) == whole
+
+
+def leave_a_loop_half_way(path: Path) -> None:
+    """As an error in a notebook does: the iterators wait in a reference cycle for the garbage collector."""
+    session = session_of(config(path))
+    steps = iter(session)
+    micro_batches = next(steps)
+    next(micro_batches)
+    session.kept = (session, steps, micro_batches)  # type: ignore[attr-defined]
+
+
+def test_a_loop_that_was_left_half_way_never_touches_the_generators_again(tmp_path: Path) -> None:
+    gc.collect()
+    leave_a_loop_half_way(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.default_generator.get_state()
+    assert gc.collect() > 0
+    assert torch.equal(torch.default_generator.get_state(), expected)
+
+
+@pytest.mark.parametrize("exhausted", [True, False])
+def test_the_generators_are_the_callers_again_after_a_step(tmp_path: Path, exhausted: bool) -> None:
+    settings = config(tmp_path, batch={"initial": 4, "micro_batch": 4})
+    with session_of(settings) as session:
+        steps = iter(session)
+        micro_batches = next(steps)
+        torch.manual_seed(3)
+        expected = torch.default_generator.get_state()
+        session.backward(cross_entropy(session.model, next(micro_batches)))
+        assert not torch.equal(torch.default_generator.get_state(), expected)
+        if exhausted:
+            assert list(micro_batches) == []
+        session.step()
+        assert torch.equal(torch.default_generator.get_state(), expected)
 
 
 # Evaluation, stopping, learning rates
