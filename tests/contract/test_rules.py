@@ -1,0 +1,67 @@
+"""What every registered learning-rate rule promises, whatever it is called."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, strategies as st
+
+from orchestrator.core.lr_rules import LR_RULES, build_rule
+
+RULE_SETTINGS = {"power": {"exponent": 0.7}, "noise_scale": {"exponent": 1.0}, "surge": {"peak_batch": 1000}}
+# Of the rules, these fall above their peak: they promise the shape that is tested at the end, and not the usual one.
+PEAKED = {"surge"}
+
+noise_scales = st.none() | st.floats(0, 1.7e308)
+ratios = st.floats(1e-300, 1e300)
+
+
+def rule(name: str):
+    return build_rule(name, **RULE_SETTINGS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", list(LR_RULES))
+@given(noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
+def test_rules_are_exactly_one_at_ratio_one(name, noise_scale, base_batch) -> None:
+    assert rule(name)(1.0, noise_scale=noise_scale, base_batch=base_batch) == 1.0
+
+
+@pytest.mark.parametrize("name", [name for name in LR_RULES if name not in PEAKED])
+@given(ratio=ratios, noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
+def test_rules_lie_between_one_and_the_ratio(name, ratio, noise_scale, base_batch) -> None:
+    factor = rule(name)(ratio, noise_scale=noise_scale, base_batch=base_batch)
+    assert math.isfinite(factor)
+    assert min(1.0, ratio) * (1 - 1e-12) <= factor <= max(1.0, ratio) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in LR_RULES if name not in PEAKED])
+@given(many=st.lists(ratios, min_size=2, max_size=9), noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
+def test_rules_rise_with_the_ratio(name, many, noise_scale, base_batch) -> None:
+    factors = [rule(name)(ratio, noise_scale=noise_scale, base_batch=base_batch) for ratio in sorted(many)]
+    assert all(a <= b * (1 + 1e-12) for a, b in pairwise(factors))
+
+
+peaks, floors = st.integers(1, 10**9), st.floats(1e-3, 1)
+
+
+@pytest.mark.parametrize("name", sorted(PEAKED))
+@given(many=st.lists(ratios, min_size=2, max_size=9), base_batch=st.integers(1, 10**9), peak=peaks, floor=floors)
+def test_peaked_rules_rise_to_the_peak_and_fall_above_it(name, many, base_batch, peak, floor) -> None:
+    peaked = build_rule(name, peak_batch=peak, floor=floor)
+    many = sorted([*many, peak / base_batch])
+    factors = [peaked(ratio, noise_scale=None, base_batch=base_batch) for ratio in many]
+    top = many.index(peak / base_batch)
+    assert all(a <= b * (1 + 1e-12) for a, b in pairwise(factors[: top + 1]))
+    assert all(a * (1 + 1e-12) >= b for a, b in pairwise(factors[top:]))
+
+
+@pytest.mark.parametrize("name", sorted(PEAKED))
+@given(ratio=ratios, base_batch=st.integers(1, 10**9), peak=peaks, floor=floors)
+def test_peaked_rules_rise_no_faster_than_the_root_and_fall_no_further_than_the_floor(
+    name, ratio, base_batch, peak, floor
+) -> None:
+    factor = build_rule(name, peak_batch=peak, floor=floor)(ratio, noise_scale=None, base_batch=base_batch)
+    below, above = (floor, math.sqrt(ratio)) if ratio >= 1 else (math.sqrt(ratio), 1 / floor)
+    assert below * (1 - 1e-12) <= factor <= above * (1 + 1e-12)
+    if max(1.0, ratio) * base_batch <= peak:  # below the peak, what every other rule promises
+        assert min(1.0, ratio) * (1 - 1e-12) <= factor <= max(1.0, ratio) * (1 + 1e-12)
