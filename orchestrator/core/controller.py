@@ -15,7 +15,7 @@ from orchestrator.core.guard import GuardState
 from orchestrator.core.lr_rules import Rule
 from orchestrator.core.noise import NoiseSettings, NoiseState
 from orchestrator.core.planner import WorkerLimits, make_plan, useful_workers
-from orchestrator.core.policies import Policy, PolicyInputs
+from orchestrator.core.policy_inputs import Policy, PolicyInputs
 from orchestrator.core.throughput import StepTimes
 from orchestrator.types import (
     Action,

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from orchestrator.core.lr_rules import LR_RULES, RuleSettings
 from orchestrator.core.noise import NoiseSettings
-from orchestrator.core.policies import PREFERENCES, PolicyInputs, PolicySettings, follow, with_limits
+from orchestrator.core.policies import PREFERENCES, PolicySettings, follow
+from orchestrator.core.policy_inputs import PolicyInputs
+from orchestrator.core.restraints import with_limits
 from orchestrator.types import Decision, NoiseStats
 
 FEWEST_GROUPS = 20  # each is a block of the interval at first

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from orchestrator.core.policies import POLICIES, PREFERENCES, PolicyInputs, PolicySettings, build_policy
+from orchestrator.core.policies import POLICIES, PREFERENCES, PolicySettings, build_policy
+from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.types import NoiseStats, Verdict
 
 FLOOR, CEILING = 8, 4096

@@ -18,7 +18,8 @@ from orchestrator.core.controller import ControllerState, Rules
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings, moments
 from orchestrator.core.planner import WorkerLimits
-from orchestrator.core.policies import Policy, PolicyInputs, PolicySettings, build_policy
+from orchestrator.core.policies import PolicySettings, build_policy
+from orchestrator.core.policy_inputs import Policy, PolicyInputs
 from orchestrator.types import Action, ApplyPlan, Decision, Event, GradMeasured, GradSample, Keep, RequestWorkers
 
 COOLDOWN = 4096

@@ -17,7 +17,8 @@ from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.config.batch_size import POLICIES as POLICY_NAMES
 from orchestrator.config.optimization import LR_RULE_KEYS
 from orchestrator.core.lr_rules import LR_RULES
-from orchestrator.core.policies import POLICIES, PolicyInputs
+from orchestrator.core.policies import POLICIES
+from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.errors import CheckpointError, ConfigError, GroundswellError, Problem
 from orchestrator.runtime.rules import rules_from
 from orchestrator.types import NoiseStats, Verdict

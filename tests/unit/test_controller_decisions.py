@@ -13,7 +13,7 @@ from orchestrator.core import controller, noise
 from orchestrator.core.controller import advance
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings
-from orchestrator.core.policies import PolicyInputs
+from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.types import ApplyPlan, Decision, Keep, Preempted, SaveCheckpoint, Stop, Target
 from tests.unit.planted import drive, gaussian, level, measured, rules, scripted, steps, wandering
 

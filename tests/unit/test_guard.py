@@ -14,7 +14,8 @@ from hypothesis import given, strategies as st
 from orchestrator.core import codec
 from orchestrator.core.guard import GuardState, credit, loss_is_falling, observe
 from orchestrator.core.noise import NoiseSettings
-from orchestrator.core.policies import PolicyInputs, PolicySettings, build_policy
+from orchestrator.core.policies import PolicySettings, build_policy
+from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.types import NoiseStats, Verdict
 from tests.unit.planted import COOLDOWN, World, drive, gaussian, plateau_ratio, quadratic, rules, without_guard
 

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.core.policies import (
-    PolicyInputs,
-    PolicySettings,
-    build_policy,
+from orchestrator.core.policies import PolicySettings, build_policy
+from orchestrator.core.policy_inputs import PolicyInputs
+from orchestrator.core.restraints import (
     with_cooldown,
     with_credit,
     with_deadband,

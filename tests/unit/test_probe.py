@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from orchestrator.config import RunConfig
-from orchestrator.core.policies import POLICIES, PolicyInputs, PolicySettings
+from orchestrator.core.policies import POLICIES, PolicySettings
+from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.core.probing import fewest_samples, more_samples_for, plan_probe, relative_precision
 from orchestrator.errors import CheckpointError, ConfigError, NonFiniteError
 from orchestrator.runtime.checkpoints import CheckpointStore, load_weights

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from orchestrator.core import policies
-from orchestrator.core.policies import Policy, PolicySettings
+from orchestrator.core.policies import PolicySettings
+from orchestrator.core.policy_inputs import Policy
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
 from orchestrator.session import Session

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from orchestrator.core.policies import Policy, PolicyInputs, PolicySettings, build_policy
+from orchestrator.core.policies import PolicySettings, build_policy
+from orchestrator.core.policy_inputs import Policy, PolicyInputs
 from orchestrator.types import NoiseStats, Verdict
 
 STEPS_MIN = 2000

@@ -1,0 +1,33 @@
+"""What may a policy look at, and how does it say that it keeps the batch?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.types import Decision, NoiseStats
+
+LARGEST = 1 << 62  # [samples] beyond any batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyInputs:
+    """What a policy may look at. ``credit`` is the noise scale that growth may be founded on (see ``guard``)."""
+
+    stats: NoiseStats
+    batch: int  # the present target
+    samples_seen: int
+    last_change_samples: int | None = None
+    credit: float | None = None
+
+
+Policy = Callable[[PolicyInputs], Decision]
+
+
+def whole(samples: float) -> int:
+    """The nearest count of samples; what is beyond any batch, infinity included, is as good as the largest."""
+    return round(min(samples, float(LARGEST)))
+
+
+def keep(inputs: PolicyInputs, why: str) -> Decision:
+    return Decision(target_batch=inputs.batch, reason=f"keep {inputs.batch}: {why}")
