@@ -215,6 +215,11 @@ def stats(state: NoiseState, settings: NoiseSettings) -> NoiseStats:
     (30 % at 0.97 under white noise: 65 % over 100 steps, 90 % over 300, 95 % over 1000), and where a few directions
     carry the noise of a step of many micro-batches (tr(Sigma)^2 / tr(Sigma^2) = 2.4, 32 micro-batches, 0.9: 90 to
     94 %). Among intervals with two ends only, it is lower wherever few windows have them.
+
+    A noise scale that drifts is read as its fading mean, which lags: of one that doubles every ten, four or two
+    half-lives, 91, 77 and 56 % of the present value. The interval widens with the drift (to 1.3, 3 and 13 times, with
+    128 steps in a half-life), and has no upper end when it doubles in one. It is about that mean: while the noise scale
+    rises the low end, on which growth is founded, stays below the present value; while it falls it may stand above.
     """
     blocks = state.blocks if state.filling is None else (*state.blocks, state.filling)
     unmeasured = Verdict.TOO_FEW_MICRO_BATCHES if state.single else Verdict.TOO_NOISY

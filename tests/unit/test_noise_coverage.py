@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 
 from orchestrator.core import noise
 from orchestrator.core.noise import NoiseSettings
-from orchestrator.types import GradSample
+from orchestrator.types import GradSample, NoiseStats
 
 Z = 4.5  # |z| beyond it happens by chance with 7e-6; about 30 such tests here, so 2e-4 in all
 
@@ -100,6 +100,55 @@ def test_interval_covers_the_truth_92_to_98_percent_of_4000_windows(rho: float) 
     assert bounded > 2000  # the coverage is not that of intervals without an end
 
 
+def exact_readings(
+    rng: np.random.Generator, *, count: int, batches: np.ndarray, grad_sq: np.ndarray, dim: int, micro_batch: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(trace_cov, grad_sq)``, each (count, steps), as micro-batches with noise N(0, I) a sample would be read.
+
+    Drawn from their distributions: the spread of the micro-batches is chi-squared and independent of their mean.
+    """
+    freedom, shape = (batches / micro_batch - 1) * dim, (count, len(batches))
+    trace_cov = rng.chisquare(freedom, shape) * dim / freedom
+    mean_sq = rng.noncentral_chisquare(dim, grad_sq * batches, shape) / batches
+    return trace_cov, mean_sq - trace_cov / batches
+
+
+def grad_sq_for(level: float, *, batches: np.ndarray, half_life: float, dim: int, micro_batch: int = 8) -> float:
+    """The |G|^2 that is ``level`` standard errors of its own faded average away from zero.
+
+    A reading's variance is 4 |G|^2 / N + 2 n dim / (N^2 (n - 1)) for n micro-batches and noise N(0, I) a sample.
+    """
+    seen, pieces = np.cumsum(batches), batches / micro_batch
+    weights = batches * np.exp2((seen - seen[-1]) / half_life)
+    weights /= weights.sum()
+    with_signal = float(np.sum(weights**2 * 4 / batches))
+    alone = float(np.sum(weights**2 * 2 * pieces * dim / (batches**2 * (pieces - 1))))
+    half = level**2 * with_signal / 2
+    return half + float(np.sqrt(half**2 + level**2 * alone))
+
+
+LEVELS = {"signal ten standard errors": (10.0, 0.99, 1.0), "near zero": (3.0, 0.6, 0.9), "lost": (1.0, 0.03, 0.3)}
+
+
+@pytest.mark.parametrize("batches", [[32] * 64, [32] * 32 + [128] * 32], ids=["one batch", "grown fourfold"])
+@pytest.mark.parametrize("name", list(LEVELS))
+def test_interval_covers_92_to_98_percent_of_4000_windows_at_any_signal_and_after_a_growth(name, batches) -> None:
+    """The averages fade with a half-life of half the window; ``fewest`` and ``most`` bound the share with two ends."""
+    level, fewest, most = LEVELS[name]
+    dim, sizes, half_life = 16, np.array(batches, dtype=float), sum(batches) / 2
+    grad_sq = grad_sq_for(level, batches=sizes, half_life=half_life, dim=dim)
+    rng = np.random.default_rng(int(100 * level) + sum(batches))
+    trace_read, grad_read = exact_readings(rng, count=4000, batches=sizes, grad_sq=np.full(64, grad_sq), dim=dim)
+    # The planted level is what it says: the spread of the faded average, seen over the windows.
+    weights = sizes * np.exp2((np.cumsum(sizes) - sizes.sum()) / half_life)
+    assert grad_sq / (grad_read @ (weights / weights.sum())).std() == pytest.approx(level, rel=0.06)
+    steps, config = [[8] * (batch // 8) for batch in batches], NoiseSettings(half_life_samples=half_life)
+    covered, bounded = count_covered(trace_read, grad_read, steps, dim / grad_sq, config)
+    report(f"{name}, batch {batches[0]} to {batches[-1]}, noise scale {dim / grad_sq:.0f}", covered, bounded, 4000)
+    assert 0.92 <= covered / 4000 <= 0.98
+    assert fewest <= bounded / 4000 <= most
+
+
 @pytest.mark.parametrize(
     ("name", "noise_scale", "steps", "half_life_steps", "rho"),
     [
@@ -124,6 +173,52 @@ def test_interval_holds_under_hard_conditions(name, noise_scale, steps, half_lif
     assert low <= 0.98
     assert high >= 0.92
     assert 0.90 <= covered / 800 <= 0.99
+
+
+def drifting(doublings: float, *, count: int, seed: int) -> tuple[list[NoiseStats], float]:
+    """``(found, present)``: windows of six half-lives in which the noise scale doubles so often in each half-life."""
+    per_half_life, dim, present = 128, 64, 60.0
+    steps = 6 * per_half_life
+    batches, age = np.full(steps, 32.0), np.arange(steps)[::-1] / per_half_life
+    grad_sq = dim / (present * 2.0 ** (-doublings * age))
+    config = NoiseSettings(half_life_samples=32 * per_half_life)
+    rng = np.random.default_rng(seed)
+    readings = exact_readings(rng, count=count, batches=batches, grad_sq=grad_sq, dim=dim)
+    found = []
+    for traces, grads in zip(*(moment.tolist() for moment in readings), strict=True):
+        state = noise.init(config)
+        for i, (t, q) in enumerate(zip(traces, grads, strict=True)):
+            reading = GradSample(
+                step=i, samples_seen=32 * (i + 1), batch=32, micro_batches=4, loss=0.0, lr=0.1, grad_sq=q, trace_cov=t
+            )
+            state = noise.absorb(state, reading, config)
+        found.append(noise.stats(state, config))
+    return found, present
+
+
+def test_a_drift_shows_in_the_width_and_a_rise_never_lifts_the_low_end_above_the_present() -> None:
+    """What ``stats`` says of drifts: the averages lag, so growth on a rising noise scale is late and not too far."""
+    widths, behind = {}, {}
+    for doublings in (0.0, 0.1, 0.25, 0.5):
+        found, present = drifting(doublings, count=100, seed=int(100 * doublings))
+        assert sum(stats.low > present for stats in found if stats.low is not None) <= 10  # 2.5 are due without drift
+        if doublings:
+            assert all(stats.low is None or stats.low <= present for stats in found)
+        both = [stats for stats in found if stats.bounded]
+        assert len(both) > 50
+        widths[doublings] = float(np.median([(stats.high - stats.low) / stats.noise_scale for stats in both]))
+        behind[doublings] = float(np.median([stats.noise_scale for stats in both])) / present
+    print(f"\nwidth over noise scale {widths}, noise scale over the present one {behind}", end="")
+    assert behind == pytest.approx({0.0: 1.0, 0.1: 0.91, 0.25: 0.77, 0.5: 0.56}, abs=0.02)
+    assert widths[0.0] < 0.8 * widths[0.1] < 0.5 * widths[0.25] < 0.25 * widths[0.5]
+
+
+def test_a_noise_scale_that_doubles_in_a_half_life_has_no_upper_end_and_a_falling_one_is_read_too_high() -> None:
+    found, _ = drifting(1.0, count=40, seed=1)
+    assert not any(stats.bounded for stats in found)
+    found, present = drifting(-0.25, count=40, seed=2)
+    assert np.median([stats.noise_scale for stats in found]) == pytest.approx(1.23 * present, rel=0.03)
+    assert sum(stats.low > present for stats in found) > 20  # the limit that ``stats`` names
 
 
 def z_score(values: np.ndarray, truth: float) -> float:
