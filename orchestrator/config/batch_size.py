@@ -90,7 +90,9 @@ class ControllerSection(Section):
         default=4, ge=1, description="[steps] a decision takes effect so much later, on every worker at once"
     )
     cooldown_samples: int = Field(
-        default=12288, ge=0, description="[samples] after a change, the next one waits at least so long"
+        default=12288,
+        ge=0,
+        description="[samples] after a change, or a jump of the learning rate, the next one waits at least so long",
     )
     deadband: float = Field(
         default=1.5, ge=1, description="[ratio] a wish nearer than this to the present batch changes nothing"

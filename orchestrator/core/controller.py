@@ -37,6 +37,11 @@ from orchestrator.types import (
 
 ResizeWhen = Literal["saves_time", "always", "never"]
 
+# A learning rate that changes by more than this from one decision to the next leaves the noise scale to settle anew:
+# its stationary value goes as batch / LR (McCandlish et al. 2018, arXiv:1812.06162, appendix C). Less is a schedule
+# at work, which the averages follow.
+_LR_JUMP = 2.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
@@ -77,8 +82,9 @@ class ControllerState:
     samples_seen: int = 0
     generation: int = 0
     pending: PendingTarget | None = None
-    last_change_samples: int | None = None
+    last_change_samples: int | None = None  # of the target, or a jump of the learning rate
     changed: bool = False  # whether the target changed since the last decision
+    lr: float | None = None  # at the last decision
     loss_sum: float = 0.0  # since the last decision, weighted by samples
     loss_samples: int = 0
     times: StepTimes = field(default_factory=StepTimes)
@@ -205,7 +211,9 @@ def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[C
         mean_loss=state.loss_sum / state.loss_samples,
         changed=state.changed,
     )
-    state = replace(state, guard=watched, changed=False, loss_sum=0.0, loss_samples=0)
+    if not state.changed and _jumped(state.lr, sample.lr):
+        state = replace(state, last_change_samples=state.samples_seen)
+    state = replace(state, guard=watched, changed=False, lr=sample.lr, loss_sum=0.0, loss_samples=0)
     decision = rules.policy(
         PolicyInputs(
             stats=stats,
@@ -227,6 +235,10 @@ def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[C
     step = sample.step + 1 + rules.lag_steps
     state = replace(state, pending=PendingTarget(effective_step=step, target=target), generation=state.generation + 1)
     return state, _apply(state, target, rules, step=step, reason=decision.reason)
+
+
+def _jumped(before: float | None, now: float) -> bool:
+    return before is not None and max(before, now) > _LR_JUMP * min(before, now)
 
 
 def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerState, RequestWorkers | None]:

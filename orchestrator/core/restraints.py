@@ -84,7 +84,7 @@ def with_deadband(inner: Policy, *, ratio: float, ceiling: int) -> Policy:
 
 
 def with_cooldown(inner: Policy, *, cooldown_samples: int) -> Policy:
-    """No change until ``cooldown_samples`` after the last one."""
+    """No change until ``cooldown_samples`` after the last one, or after a jump of the learning rate."""
 
     def propose(inputs: PolicyInputs) -> Decision:
         wish = inner(inputs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +12,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from orchestrator.core import controller, noise
+from orchestrator.core import codec, controller, noise
 from orchestrator.core.controller import advance
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.types import ApplyPlan, Decision, Keep, Preempted, SaveCheckpoint, Stop, Target
-from tests.unit.planted import drive, gaussian, level, measured, rules, scripted, steps, wandering
+from tests.unit.planted import (
+    COOLDOWN,
+    EVERY,
+    World,
+    drive,
+    gaussian,
+    level,
+    measured,
+    rules,
+    scripted,
+    steps,
+    wandering,
+)
 
 # --- when ------------------------------------------------------------------------------------------------------------
 
@@ -172,3 +187,47 @@ def test_a_planted_step_is_followed_within_one_cooldown(seed) -> None:
     print(f"followed after {first - at} samples, {(first - at) / 1024:.1f} half-lives")
     assert at < first <= at + cooldown
     assert run.largest >= 128
+
+
+def at_rate(lr: Callable[[int], float], *, seed: int) -> World:
+    """A noise scale of 1000 under a learning rate by samples seen; the batch has reason to grow all the while."""
+    inner = gaussian(lambda seen: 1000.0, seed=seed)
+    return lambda seen, batch, factor: inner(seen, batch, factor) | {"lr": lr(seen)}
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0, 0.0])
+def test_after_a_jump_of_the_rate_the_estimate_is_given_a_cooldown_before_it_is_acted_on(factor) -> None:
+    settled = rules(total_samples=60_000)
+    usual = [seen for seen, _ in drive(settled, at_rate(lambda seen: 0.1, seed=3)).plans]
+    jump = usual[1] - EVERY // 2  # so that it is first heard of where the batch would change
+    run = drive(settled, at_rate(lambda seen: 0.1 if seen < jump else 0.1 * factor, seed=3))
+    found = [seen for seen, _ in run.plans]
+    assert found[0] == usual[0]
+    assert usual[1] + COOLDOWN <= found[1] <= usual[1] + COOLDOWN + 2 * EVERY
+
+
+def test_a_rate_that_moves_little_between_decisions_makes_nobody_wait() -> None:
+    settled = rules(total_samples=60_000)
+
+    def cosine(seen: int) -> float:
+        return 0.1 * max(0.02, 0.5 * (1 + math.cos(math.pi * seen / 60_000)))
+
+    def warmed(seen: int) -> float:
+        return 0.1 * min(1.0, (seen + 32) / 4096)
+
+    usual, *others = (drive(settled, at_rate(lr, seed=3)).batches for lr in (lambda seen: 0.1, cosine, warmed))
+    assert len(usual) > 3
+    assert all(other == usual for other in others)
+
+
+def test_the_cooldown_of_a_jump_survives_a_checkpoint() -> None:
+    settled = rules()
+    state, _ = steps(settled, 33, lr=0.1)
+    known = {
+        cls.__name__: cls for cls in (type(state), Target, type(state.noise), type(state.guard), type(state.times))
+    }
+    again = codec.decode(json.loads(json.dumps(codec.encode(state))), known)
+    assert again == state
+    for step in range(33, 64):
+        again, _ = advance(again, measured(step, 32 * (step + 1), 32, lr=0.01), settled)
+    assert (again.last_change_samples, again.lr) == (2048, 0.01)
