@@ -131,7 +131,7 @@ class Progress:
         if kind in ("finished", "stopped"):
             self.ended = event
             return None
-        if kind in ("plan", "checkpoint", "outcome"):
+        if kind in ("plan", "checkpoint", "outcome", "advice"):  # the advice is the end's to tell
             return None
         if kind == "resize":
             return f"workers {event['from_workers']} -> {event['to_workers']}{at}: {reason}"

@@ -12,6 +12,7 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -142,6 +143,8 @@ def _conclude(path: Path, job: Job, progress: Progress, *, command: str) -> int:
     if progress.ended is None or progress.ended["kind"] != "finished":
         if progress.ended is not None:
             say(f"Stopped at {progress.ended['samples_seen']:,} samples, saved in {path}.", error=True)
+            for line in advice_lines(path):
+                say(line, error=True)
         _say_resume(path, command)
         return EXIT_STOPPED
     say(summary(path, took_s=progress.running_s))
@@ -176,10 +179,28 @@ def summary(path: Path, *, took_s: float | None = None) -> str:
     lines = [f"Finished{took}: {last['samples_seen']:,} samples in {len(steps):,} steps, {batch}, {workers}."]
     if evals:
         lines.append(f"Held out: {metrics_text(evals[-1])}")
+    lines += advice_lines(path)
     lines.append(f"Picture:   {shlex.join(['groundswell', 'plot', str(path)])}")
     lines.append(f"Curves:    {shlex.join(['tensorboard', '--logdir', str(path / 'tensorboard')])}")
     lines.append(f"Decisions: {path / folder.EVENTS}")
     return "\n".join(lines)
+
+
+def advice_lines(path: Path) -> list[str]:
+    """What a run that only advised said at its newest end; nothing for other runs."""
+    advice: dict[str, Any] | None = None
+    for row in folder.rows(path / folder.EVENTS):
+        if row["kind"] in ("started", "resumed"):
+            advice = None  # a later attempt may act
+        elif row["kind"] == "advice":
+            advice = row
+    if advice is None:
+        return []
+    lines = [f"Advice:    {advice['reason']}."]
+    if advice.get("schedule"):
+        ramp = f"{{policy: schedule, ramp: {advice['schedule']}}}"
+        lines.append(f"           As a config: controller: {ramp}, train: {{samples: {advice['samples']}}}")
+    return lines
 
 
 def run_dir_override(run_dir: str | None) -> list[str]:

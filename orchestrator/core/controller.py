@@ -23,8 +23,8 @@ from orchestrator.types import (
     BatchPlan,
     Event,
     GradMeasured,
-    GradSample,
     Keep,
+    NoiseStats,
     PlanRejected,
     Preempted,
     RequestWorkers,
@@ -165,7 +165,8 @@ def _measured(state: ControllerState, event: GradMeasured, rules: Rules) -> tupl
     if state.samples_seen >= rules.total_samples:
         return state, Stop(reason=f"all {rules.total_samples} samples seen")
     if is_decision_point(before=before, after=state.samples_seen, every_samples=rules.every_samples):
-        state, action = _decide(state, sample, rules)
+        stats = noise.stats(state.noise, rules.noise)
+        state, action = decide(state, stats=stats, lr=sample.lr, rules=rules)
         if not isinstance(action, Keep):
             return state, action
         state, wanted = _ask_for_workers(state, rules)
@@ -179,16 +180,8 @@ def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> Contro
     if event.step_time_s is not None and sample.batch == state.target.batch:
         accum_steps = plan_for(state, state.target, rules).accum_steps
         times = throughput.absorb(times, event.step_time_s, accum_steps=accum_steps)
-    target, pending, last_change = state.target, state.pending, state.last_change_samples
-    changed = state.changed
-    if pending is not None and sample.step + 1 >= pending.effective_step:
-        target, pending, last_change, changed = pending.target, None, sample.samples_seen, True
-    return replace(
+    state = replace(
         state,
-        target=target,
-        pending=pending,
-        last_change_samples=last_change,
-        changed=changed,
         step=sample.step,
         samples_seen=sample.samples_seen,
         noise=noise.absorb(state.noise, sample, rules.noise),
@@ -196,24 +189,38 @@ def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> Contro
         loss_samples=state.loss_samples + sample.batch,
         times=times,
     )
+    return with_due_target(state)
 
 
-def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[ControllerState, Action]:
+def with_due_target(state: ControllerState) -> ControllerState:
+    """The decision on its way becomes the target when the next step is the one from which it holds."""
+    pending = state.pending
+    if pending is None or state.step + 1 < pending.effective_step:
+        return state
+    return replace(state, target=pending.target, pending=None, last_change_samples=state.samples_seen, changed=True)
+
+
+def decide(
+    state: ControllerState, *, stats: NoiseStats, lr: float, rules: Rules
+) -> tuple[ControllerState, ApplyPlan | Keep]:
+    """What the target should be after the last step absorbed, which was taken at ``lr``, if ``stats`` is known of it.
+
+    While a decision is on its way no other is taken.
+    """
     if state.pending is not None:
         wait = f"batch {state.pending.target.batch} takes effect at step {state.pending.effective_step}"
         return state, Keep(reason=f"keep {state.target.batch}: {wait}", target_batch=state.target.batch)
-    stats = noise.stats(state.noise, rules.noise)
     watched = guard.observe(
         state.guard,
         batch=state.target.batch,
-        lr=sample.lr,
+        lr=lr,
         stats=stats,
         mean_loss=state.loss_sum / state.loss_samples,
         changed=state.changed,
     )
-    if not state.changed and _jumped(state.lr, sample.lr):
+    if not state.changed and _jumped(state.lr, lr):
         state = replace(state, last_change_samples=state.samples_seen)
-    state = replace(state, guard=watched, changed=False, lr=sample.lr, loss_sum=0.0, loss_samples=0)
+    state = replace(state, guard=watched, changed=False, lr=lr, loss_sum=0.0, loss_samples=0)
     decision = rules.policy(
         PolicyInputs(
             stats=stats,
@@ -232,7 +239,7 @@ def _decide(state: ControllerState, sample: GradSample, rules: Rules) -> tuple[C
     # An estimate without an upper end is no ground for a learning rate either; the last good one stays.
     known = stats.noise_scale if stats.bounded else state.target.noise_scale
     target = Target(batch=decision.target_batch, noise_scale=known)
-    step = sample.step + 1 + rules.lag_steps
+    step = state.step + 1 + rules.lag_steps
     state = replace(state, pending=PendingTarget(effective_step=step, target=target), generation=state.generation + 1)
     return state, _apply(state, target, rules, step=step, reason=decision.reason)
 

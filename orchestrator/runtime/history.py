@@ -231,6 +231,7 @@ class History:
     def end(self, *, step: int, samples_seen: int, finished: bool, reason: str | None) -> str | None:
         """Collective. Save the end state and say how the run ended."""
         path = self.save(step=step, samples_seen=samples_seen, why="the end" if finished else "stopped")
+        self.journal.advice(step=step, samples_seen=samples_seen)
         if finished:
             self.journal.event("finished", reason=f"{samples_seen} samples seen", step=step, samples_seen=samples_seen)
         else:

@@ -22,6 +22,7 @@ from orchestrator.errors import StorageError
 from orchestrator.ports import Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.brain import STATE_TYPES
+from orchestrator.runtime.closing_advice import closing_advice
 from orchestrator.runtime.folder import RunWriter
 from orchestrator.runtime.outlook import Outcome, Outlook
 from orchestrator.runtime.scalars import ScalarBoard
@@ -187,6 +188,13 @@ class Journal:
         elif action.wish is not None:
             evidence["wished_batch"] = action.wish
         self.event("decision", reason=action.reason, step=step, samples_seen=at, **evidence)
+
+    def advice(self, *, step: int, samples_seen: int) -> None:
+        """Say at the end of a run that only advises what its policy would have done, from the lines written so far."""
+        if self._writer is None or self._rules.act or self._config.controller.policy == "fixed":
+            return
+        reason, evidence = closing_advice(self._writer.folder, self._rules)
+        self.event("advice", reason=reason, step=step, samples_seen=samples_seen, **evidence)
 
     def started(
         self, welcome: Welcome, model: nn.Module, *, checkpoint: Path | None, step: int, samples_seen: int

@@ -1,0 +1,118 @@
+"""A run with ``controller.mode: advise`` ends with the batch schedule it would have chosen, ready to be used."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.run_command import EXIT_STOPPED, run
+from orchestrator.config import RunConfig
+from orchestrator.runtime import folder
+from tests import support
+
+DIGITS = {"name": "digits", "options": {"width": 8, "augment": False}}
+
+
+def config(place: Path, name: str, **sections: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "task": DIGITS,
+        "run": {"name": name},
+        "batch": {"initial": 16, "micro_batch": 4, "max": 512},
+        "train": {"samples": SAMPLES},
+    }
+    return support.config(place, **(base | sections))
+
+
+def start(settings: RunConfig, *, resume: bool = False) -> int:
+    return run(settings, runtime="local", resume=resume, address="local", command="groundswell run mine")
+
+
+def of_kind(place: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    return [row for row in folder.rows(place / name / folder.EVENTS) if row["kind"] == kind]
+
+
+SAMPLES = 4096
+ADVISING = support.EAGER | {"mode": "advise", "cooldown_samples": 512, "every_samples": 256}
+
+
+def test_its_schedule_pasted_as_a_ramp_takes_the_steps_and_samples_it_names(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start(config(tmp_path, "advised", controller=ADVISING)) == 0
+    said = capfd.readouterr().out
+    (advice,) = of_kind(tmp_path, "advised", "advice")
+    rows = folder.surviving(tmp_path / "advised" / folder.METRICS)
+    assert {row["global_batch"] for row in rows} == {16}
+    assert (advice["fixed_steps"], advice["fixed_samples"]) == (len(rows), SAMPLES)
+    assert len(advice["schedule"]) >= 2
+    assert advice["steps_saved"] == len(rows) - advice["steps"] > len(rows) / 3
+    assert advice["samples_saved"] == SAMPLES - advice["samples"] < 0
+    # The first change is the first wish that was written down while the run went on.
+    wishes = [row for row in of_kind(tmp_path, "advised", "decision") if "wished_batch" in row]
+    assert advice["schedule"][0] == [wishes[0]["samples_seen"], wishes[0]["wished_batch"]]
+    assert f"Advice:    {advice['reason']}." in said
+    assert f"{{policy: schedule, ramp: {advice['schedule']}}}, train: {{samples: {advice['samples']}}}" in said
+    assert [row["kind"] for row in folder.rows(tmp_path / "advised" / folder.EVENTS)][-1] == "finished"
+
+    ramp = {"policy": "schedule", "ramp": advice["schedule"], "every_samples": 256}
+    done = config(tmp_path, "pasted", controller=ramp, train={"samples": advice["samples"]})
+    assert start(done) == 0
+    taken = folder.surviving(tmp_path / "pasted" / folder.METRICS)
+    assert len(taken) == pytest.approx(advice["steps"], abs=1)
+    decided = [row for row in of_kind(tmp_path, "pasted", "decision") if "effective_step" in row]
+    assert [[row["samples_seen"], row["target_batch"]] for row in decided] == advice["schedule"]
+
+
+def touch_when_long(lines: Path, count: int, stop: Path) -> None:
+    until_s = time.monotonic() + 60
+    while time.monotonic() < until_s and not (lines.exists() and lines.read_text().count("\n") >= count):
+        time.sleep(0.02)
+    stop.touch()
+
+
+def test_after_a_resume_it_speaks_of_the_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole, parted = (config(tmp_path, name, controller=ADVISING) for name in ("whole", "resumed"))
+    assert start(whole) == 0
+    capfd.readouterr()
+    metrics, stop = (tmp_path / "resumed" / name for name in (folder.METRICS, folder.STOP_REQUEST))
+    stopping = threading.Thread(target=touch_when_long, args=(metrics, 60, stop))
+    stopping.start()
+    assert start(parted) == EXIT_STOPPED
+    stopping.join()
+    assert "Advice: " in capfd.readouterr().err
+    assert start(parted, resume=True) == 0
+    first, last = of_kind(tmp_path, "resumed", "advice")
+    (expected,) = of_kind(tmp_path, "whole", "advice")
+    assert 60 * 16 <= first["fixed_samples"] < SAMPLES
+    ends = [{k: v for k, v in row.items() if k not in ("time", "attempt")} for row in (last, expected)]
+    assert json.dumps(ends[0]) == json.dumps(ends[1])
+    assert capfd.readouterr().out.count("Advice: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("controller", "said"),
+    [
+        ({"policy": "fixed", "mode": "advise"}, None),
+        (support.EAGER, None),
+        (support.EAGER | {"mode": "advise", "half_life_samples": 64, "confidence": 0.999999}, "no advice: the noise"),
+    ],
+    ids=["fixed", "acting", "never measured"],
+)
+def test_other_runs_give_no_advice_and_one_that_cannot_tell_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], controller: dict[str, Any], said: str | None
+) -> None:
+    assert start(config(tmp_path, "run", controller=controller, train={"samples": 512})) == 0
+    advice = of_kind(tmp_path, "run", "advice")
+    out = capfd.readouterr().out
+    if said is None:
+        assert not advice
+        assert "Advice" not in out
+    else:
+        assert said in advice[0]["reason"]
+        assert said in out
+        assert "As a config" not in out
