@@ -33,8 +33,9 @@ class GPT(nn.Module):
 
     def __init__(self, shape: GPTShape) -> None:
         super().__init__()
+        # A layer, and looked up for each sample, though all have the same: so the gradient of each can be told.
+        self.positions = nn.Embedding.from_pretrained(torch.empty(shape.context, shape.width), freeze=False)
         self.tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.positions = nn.Parameter(torch.empty(shape.context, shape.width))
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width)
@@ -48,7 +49,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.dropout(self.tokens(tokens) + self.positions[: tokens.shape[1]])
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        x = self.dropout(self.tokens(tokens) + self.positions(places))
         for block in self.blocks:
             x = block(x)
         scores: Tensor = self.scores(self.norm(x))
