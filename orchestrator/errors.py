@@ -71,3 +71,7 @@ class RunFolderError(GroundswellError):
 
 class SessionError(GroundswellError):
     """A loop that does not follow the session's calls, or a step that cannot be taken at all."""
+
+
+class MeasureError(GroundswellError):
+    """A model whose gradients the chosen estimator cannot read."""

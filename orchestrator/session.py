@@ -27,7 +27,8 @@ from orchestrator.config import RunConfig
 from orchestrator.core import cursor
 from orchestrator.core.cursor import Stream
 from orchestrator.errors import CheckpointError, NonFiniteError, SessionError, TaskError
-from orchestrator.measure.micro_batch import GradMeter, Reading
+from orchestrator.measure.estimators import find_estimator
+from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
 from orchestrator.runtime.exchange import Exchange, OwnStep
@@ -91,7 +92,8 @@ class Session:
             max_grad_norm=config.train.max_grad_norm,
             device=self.worker.device,
         )
-        self._meter = GradMeter(self._update.trained)
+        self._estimator = find_estimator(config.measure.estimator)
+        self._meter = self._estimator.build(model, self._update.trained, config.measure)
         self._loader = PositionLoader(
             dataset,
             collate,
@@ -200,7 +202,7 @@ class Session:
         if step.done == 0 or step.rejected is not None:
             self._replica.take_part(spoil=step.rejected is not None)
         reading = self._meter.read(grad_scale=step.loss_scale)
-        if (step.rejected is not None or not math.isfinite(reading.mean_grad_sq)) and not self._goes_on(step, reading):
+        if (step.rejected is not None or not reading.grad_is_finite) and not self._goes_on(step, reading):
             return
         lr_factor = self.lr_factor
         self._update.apply(lr_factor)
@@ -261,7 +263,7 @@ class Session:
             self._adopt(due)
             self._history.journal.adopted(due, step=self.step_number, samples_seen=self.samples_seen)
         plan = self._state.plan_of_step()
-        measured = plan.num_micro_batches >= 2 and self.step_number % self.config.measure.every_steps == 0
+        measured = self._estimator.parts(plan) >= 2 and self.step_number % self.config.measure.every_steps == 0
         repeats = self._step is not None and self._step.again
         self._step = Step(
             plan=plan,
@@ -298,6 +300,7 @@ class Session:
             plan=step.plan,
             spans=[(before + offset, size) for offset, size in step.spans],
             lr=self._update.base_lr * lr_factor,
+            parts=self._estimator.parts(step.plan),
             measured=step.measured,
             mean_grad_sq=reading.mean_grad_sq,
             sums=StepSums(weighted_sq_sum=reading.weighted_sq_sum, loss_sum=step.loss_sum(reading)),

@@ -30,13 +30,13 @@ class GradSample:
 
     ``grad_sq`` estimates |G|^2 and ``trace_cov`` estimates tr(Sigma), both without bias, so either may be
     noise and ``grad_sq`` may be negative. Both are ``None`` when the step was not measured, had fewer than
-    two micro-batches, or was not finite.
+    two parts to compare, or was not finite.
     """
 
     step: int
     samples_seen: int  # after this step
     batch: int  # samples in this step
-    micro_batches: int  # across all ranks
+    micro_batches: int  # independent parts compared, across all ranks: micro-batches, or single samples
     loss: float  # mean over the samples of the step
     lr: float
     grad_sq: float | None = None

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from orchestrator.config.section import Broken, Section, default_of, name_of, refuse
 
 MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test")  # these follow the noise scale
+ESTIMATORS = ("micro_batch", "per_example")
 POLICIES = ("fixed", "schedule", *MEASURED_POLICIES)
 
 # The keys without which a policy cannot be, and which no other built-in one uses: its policy, and what is usual.
@@ -65,10 +66,25 @@ class BatchSection(Section):
 class MeasureSection(Section):
     """How the gradient noise is measured."""
 
-    estimator: Literal["micro_batch"] = Field(
-        default="micro_batch", description="[name] what gradients are compared: those of all micro-batches of a step"
+    estimator: Annotated[str, AfterValidator(name_of(ESTIMATORS, "an estimator"))] = Field(
+        default="micro_batch",
+        description="[name] what gradients are compared: micro_batch, those of all micro-batches of a step; "
+        "per_example, those of all samples (least noise, and one micro-batch is enough; a step takes up to a quarter "
+        "longer, and only layers that are known can be read); or module:factory",
     )
     every_steps: int = Field(default=1, ge=1, description="[steps] from one measured step to the next")
+    leave_out: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="[list of module paths] estimator per_example: what lies in these modules is trained and not "
+        "measured; noise scale and gradient are then those of all the rest",
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> MeasureSection:
+        if self.leave_out and self.estimator == "micro_batch":
+            rule, fix = f"estimator {self.estimator} does not use it", "remove it, or write estimator: per_example"
+            refuse([Broken(keys=("leave_out", "estimator"), value=self.leave_out, rule=rule, fix=fix)])
+        return self
 
 
 _RampEntry = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]

@@ -33,6 +33,7 @@ class OwnStep:
     plan: BatchPlan
     spans: Sequence[tuple[int, int]]  # what this rank took: (first position, size)
     lr: float
+    parts: int  # over all ranks, that its gradients are compared between
     measured: bool
     mean_grad_sq: float
     sums: StepSums
@@ -123,20 +124,20 @@ class Exchange:
 
 
 def _finished(step: OwnStep, sums: StepSums) -> FinishedStep:
-    batch, micro_batches = step.plan.batch, step.plan.num_micro_batches
+    batch = step.plan.batch
     moments = None
     if step.measured and all(map(math.isfinite, (step.mean_grad_sq, sums.weighted_sq_sum, sums.loss_sum))):
         moments = noise.moments_from_sums(
             weighted_sq_sum=sums.weighted_sq_sum,
             mean_grad_sq=step.mean_grad_sq,
             batch=batch,
-            micro_batches=micro_batches,
+            micro_batches=step.parts,
         )
     sample = GradSample(
         step=step.step,
         samples_seen=step.samples_seen,
         batch=batch,
-        micro_batches=micro_batches,
+        micro_batches=step.parts,
         loss=sums.loss_sum / batch,
         lr=step.lr,
         grad_sq=None if moments is None else moments[0],

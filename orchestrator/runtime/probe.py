@@ -24,7 +24,7 @@ from orchestrator.core.noise import moments_from_sums
 from orchestrator.core.policies import PolicySettings
 from orchestrator.core.probing import Advice, ProbePlan, advise, fewest_samples, plan_probe
 from orchestrator.errors import ConfigError, NonFiniteError, Problem, SessionError
-from orchestrator.measure.micro_batch import GradMeter
+from orchestrator.measure.estimators import find_estimator
 from orchestrator.runtime.checkpoints import Fault, load_weights
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
@@ -34,7 +34,7 @@ from orchestrator.runtime.step import backward_seed, check_loss
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.worker import local_worker
 from orchestrator.tasks.protocol import Task, build_task, check_task, collate_of
-from orchestrator.types import GradSample, NoiseStats
+from orchestrator.types import BatchPlan, GradSample, NoiseStats
 
 DEFAULT_SAMPLES = 4096
 
@@ -115,7 +115,8 @@ def _read(
     seed, data = config.run.seed, config.data
     settings = plan.noise_settings(confidence=config.controller.confidence)
     state, position, loss_sum = noise.init(settings), 0, 0.0
-    meter = GradMeter(model.parameters())
+    estimator = find_estimator(config.measure.estimator)
+    meter = estimator.build(model, [p for p in model.parameters() if p.requires_grad], config.measure)
     loader = PositionLoader(
         task.train_set,
         collate_of(task),
@@ -140,27 +141,28 @@ def _read(
                     meter.end_micro_batch(size=size, loss=loss, loss_scale=1 / count)
                 reading = meter.read()
             group = count * size
-            if not (math.isfinite(reading.mean_grad_sq) and math.isfinite(reading.weighted_sq_sum)):
+            if not (reading.grad_is_finite and math.isfinite(reading.weighted_sq_sum)):
                 raise NonFiniteError(
                     f"the loss or its gradient is not finite on stream positions {position} to {position + group - 1} "
                     "(losses "
                     + ", ".join(f"{loss:.4g}" for loss in reading.losses)
                     + "), so there is no noise scale to measure: look at those samples, or probe an earlier checkpoint"
                 )
+            parts = estimator.parts(BatchPlan(generation=0, world_size=1, batch=group, micro_batch=size))
             position += group
             loss_sum += size * sum(reading.losses)
             found = moments_from_sums(
                 weighted_sq_sum=reading.weighted_sq_sum,
                 mean_grad_sq=reading.mean_grad_sq,
                 batch=group,
-                micro_batches=count,
+                micro_batches=parts,
             )
-            assert found is not None, "a group has at least two micro-batches"
+            assert found is not None, "a group has at least two micro-batches, and so at least two samples"
             sample = GradSample(
                 step=number,
                 samples_seen=position,
                 batch=group,
-                micro_batches=count,
+                micro_batches=parts,
                 loss=sum(reading.losses) / count,
                 lr=0.0,
                 grad_sq=found[0],

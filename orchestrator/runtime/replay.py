@@ -9,10 +9,12 @@ from typing import Any
 from orchestrator.config import load_config
 from orchestrator.core import codec, controller
 from orchestrator.errors import RunFolderError
+from orchestrator.measure.estimators import find_estimator
+from orchestrator.measure.meter import Estimator
 from orchestrator.runtime import folder
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.rules import rules_from
-from orchestrator.types import ApplyPlan, GradMeasured, GradSample, Keep, WorkersChanged, decided_batch
+from orchestrator.types import ApplyPlan, BatchPlan, GradMeasured, GradSample, Keep, WorkersChanged, decided_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,9 @@ def recomputed(run: Path) -> list[Decided]:
     started = next((row for row in folder.rows(run / folder.EVENTS) if row["kind"] == "started"), None)
     if started is None:
         raise RunFolderError(f"{run / folder.EVENTS} does not say how the run started; it is not a whole run")
-    rules = rules_from(load_config(run / folder.CONFIG), dataset_size=started["dataset_size"])
+    config = load_config(run / folder.CONFIG)
+    rules = rules_from(config, dataset_size=started["dataset_size"])
+    estimator = find_estimator(config.measure.estimator)
     state = controller.init(rules, world_size=started["world_size"])
     causes = [row for row in folder.rows(run / folder.EVENTS) if row["kind"] == "plan_rejected"]
     decided = []
@@ -52,18 +56,21 @@ def recomputed(run: Path) -> list[Decided]:
             state, _ = controller.advance(state, WorkersChanged(world_size=row["world_size"]), rules)
         while causes and causes[0]["step"] <= row["step"]:
             state, _ = controller.advance(state, codec.decode(causes.pop(0)["cause"], STATE_TYPES), rules)
-        state, action = controller.advance(state, _measured(row), rules)
+        state, action = controller.advance(state, _measured(row, estimator), rules)
         if isinstance(action, (ApplyPlan, Keep)) and (target := decided_batch(action)) is not None:
             decided.append(Decided(samples_seen=row["samples_seen"], target_batch=target, reason=action.reason))
     return decided
 
 
-def _measured(row: dict[str, Any]) -> GradMeasured:
+def _measured(row: dict[str, Any], estimator: Estimator) -> GradMeasured:
+    plan = BatchPlan(
+        generation=0, world_size=row["world_size"], batch=row["global_batch"], micro_batch=row["micro_batch"]
+    )
     sample = GradSample(
         step=row["step"],
         samples_seen=row["samples_seen"],
         batch=row["global_batch"],
-        micro_batches=-(-row["global_batch"] // row["micro_batch"]),
+        micro_batches=estimator.parts(plan),
         loss=row["loss"],
         lr=row["lr"],
         grad_sq=row["grad_sq"],

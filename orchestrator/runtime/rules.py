@@ -9,6 +9,7 @@ from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.planner import WorkerLimits
 from orchestrator.core.policies import PolicySettings, build_policy
 from orchestrator.errors import TaskError
+from orchestrator.measure.estimators import find_estimator
 
 
 def total_samples(config: RunConfig, *, dataset_size: int) -> int:
@@ -48,7 +49,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         base_batch=batch.initial,
         micro_batch=batch.micro_batch,
         act=act,
-        measurable=act and control.policy != "fixed",
+        measurable=act and control.policy != "fixed" and find_estimator(config.measure.estimator).cuts,
         every_samples=control.every_samples,
         lag_steps=control.lag_steps,
         noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),

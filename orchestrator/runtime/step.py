@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from orchestrator.errors import SessionError
-from orchestrator.measure.micro_batch import Reading
+from orchestrator.measure.meter import Reading
 from orchestrator.types import BatchPlan
 
 

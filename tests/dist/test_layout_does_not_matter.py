@@ -13,11 +13,12 @@ from tests.support import blobs, config, cross_entropy, mlp, run_fleet
 STEPS = 20
 
 
-def train(rank: int, folder: str, micro_batch: int, batch: int) -> None:
+def train(rank: int, folder: str, micro_batch: int, batch: int, estimator: str) -> None:
     settings = config(
         folder,
         train={"samples": STEPS * batch},
         batch={"initial": batch, "micro_batch": micro_batch, "max": batch},
+        measure={"estimator": estimator},
         controller={"mode": "advise", "policy": "noise_scale"},
     )
     model = mlp()
@@ -34,12 +35,13 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.dist
-def test_equal_lists_give_equal_losses_and_moments_on_any_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", ["micro_batch", "per_example"])
+def test_equal_lists_give_equal_losses_and_moments_on_any_layout(tmp_path: Path, estimator: str) -> None:
     layouts = {1: [4], 2: [2, 2], 4: [1, 1, 1, 1], 3: [2, 1, 1]}
     found = {}
     for world_size in layouts:
         folder = tmp_path / str(world_size)
-        run_fleet(train, world_size, str(folder), 8, 32)
+        run_fleet(train, world_size, str(folder), 8, 32, estimator)
         found[world_size] = history(folder)
     for world_size, runs in layouts.items():
         assert [row["accum_steps"] for row in found[world_size]] == [max(runs)] * STEPS
@@ -57,12 +59,24 @@ def test_equal_lists_give_equal_losses_and_moments_on_any_layout(tmp_path: Path)
 
 
 @pytest.mark.dist
+def test_gradients_of_samples_read_the_same_however_the_samples_are_cut(tmp_path: Path) -> None:
+    found = {}
+    for world_size, micro in ((1, 30), (1, 8), (2, 7), (4, 10)):
+        folder = tmp_path / f"{world_size}-{micro}"
+        run_fleet(frozen, world_size, str(folder), micro, "per_example")
+        found[world_size, micro] = np.array([[row["grad_sq"], row["trace_cov"]] for row in history(folder)])
+    whole = found[1, 30]
+    for key, values in found.items():
+        assert np.abs(values - whole).max() < 2e-5 * np.abs(whole).sum(axis=1).max(), key
+
+
+@pytest.mark.dist
 def test_the_same_samples_cut_differently_have_moments_of_the_same_expectation(tmp_path: Path) -> None:
     # At one point of weight space (learning rate ~ 0), so that only the cut differs: 30 = 8+8+8+6, 7+7+7+7+2, 15+15.
     readings = {}
     for world_size, micro in ((1, 8), (2, 7), (3, 15), (4, 8)):
         folder = tmp_path / f"{world_size}-{micro}"
-        run_fleet(frozen, world_size, str(folder), micro)
+        run_fleet(frozen, world_size, str(folder), micro, "micro_batch")
         rows = history(folder)
         readings[world_size, micro] = np.array([[row["grad_sq"], row["trace_cov"]] for row in rows])
     reference = readings[1, 8]
@@ -73,12 +87,13 @@ def test_the_same_samples_cut_differently_have_moments_of_the_same_expectation(t
         assert (np.abs(difference.mean(axis=0)) < 4 * error).all(), key
 
 
-def frozen(rank: int, folder: str, micro_batch: int) -> None:
+def frozen(rank: int, folder: str, micro_batch: int, estimator: str) -> None:
     settings = config(
         folder,
         train={"samples": 30 * 150},
         batch={"initial": 30, "micro_batch": micro_batch, "max": 30},
         optimizer={"lr": 1e-12, "momentum": 0.0},
+        measure={"estimator": estimator},
         controller={"mode": "advise", "policy": "noise_scale"},
     )
     model = mlp()

@@ -46,13 +46,16 @@ def plain_loop(rank: int, accumulation: int, seed: int) -> tuple[list[float], li
     return losses, [p.detach().clone() for p in model.parameters()]
 
 
-def with_the_library(rank: int, accumulation: int, seed: int, folder: str) -> tuple[list[float], list[Tensor]]:
+def with_the_library(
+    rank: int, accumulation: int, seed: int, folder: str, estimator: str
+) -> tuple[list[float], list[Tensor]]:
     batch = MICRO * accumulation * dist.get_world_size()
     settings = config(
         folder,
         run={"seed": seed},
         train={"samples": STEPS * batch},
         batch={"initial": batch, "micro_batch": MICRO, "max": 200},
+        measure={"estimator": estimator},
         controller={"mode": "advise", "policy": "noise_scale", "every_samples": 2 * batch, "cooldown_samples": 0},
     )
     model = mlp()
@@ -72,9 +75,9 @@ def with_the_library(rank: int, accumulation: int, seed: int, folder: str) -> tu
     return losses, [p.detach().clone() for p in model.parameters()]
 
 
-def both(rank: int, accumulation: int, seed: int, folder: str) -> bool:
+def both(rank: int, accumulation: int, seed: int, folder: str, estimator: str) -> bool:
     plain_losses, plain_weights = plain_loop(rank, accumulation, seed)
-    losses, weights = with_the_library(rank, accumulation, seed, folder)
+    losses, weights = with_the_library(rank, accumulation, seed, folder, estimator)
     assert losses == plain_losses
     for mine, theirs in zip(weights, plain_weights, strict=True):
         assert torch.equal(mine, theirs)
@@ -84,7 +87,8 @@ def both(rank: int, accumulation: int, seed: int, folder: str) -> bool:
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("estimator", ["micro_batch", "per_example"])
 def test_advising_leaves_losses_and_weights_bit_identical_to_plain_ddp(
-    tmp_path: Path, world_size: int, accumulation: int
+    tmp_path: Path, world_size: int, accumulation: int, estimator: str
 ) -> None:
-    assert run_fleet(both, world_size, accumulation, 5, str(tmp_path)) == [True] * world_size
+    assert run_fleet(both, world_size, accumulation, 5, str(tmp_path), estimator) == [True] * world_size

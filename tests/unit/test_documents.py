@@ -53,7 +53,7 @@ def test_the_commands_of_the_readme_exist(line: str) -> None:
 
 
 def test_the_keys_of_the_readme_are_keys_of_the_config() -> None:
-    for key in re.findall(r"`((?:batch|controller|lr_rule|workers|train)\.[a-z_]+)`", README):
+    for key in re.findall(r"`((?:batch|controller|lr_rule|measure|optimizer|workers|train)\.[a-z_]+)`", README):
         section, field = key.split(".")
         inner = RunConfig.model_fields[section].annotation
         assert inner is not None

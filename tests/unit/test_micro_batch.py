@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orchestrator.measure.micro_batch import GradMeter, Reading
+from orchestrator.measure.meter import Reading
+from orchestrator.measure.micro_batch import GradMeter
 
 SIZES = (8, 8, 8, 3)
 BATCH = sum(SIZES)
