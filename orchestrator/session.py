@@ -78,7 +78,7 @@ class Session:
         _check_same_length(len(dataset), self._collective)
         rules = rules_from(config, dataset_size=len(dataset))
         self._total_samples = rules.total_samples
-        self._state = RunState(config, rules)
+        self._state = RunState(rules)
         self._replica = Replica(
             model,
             collective=self._collective,

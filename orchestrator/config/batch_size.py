@@ -12,7 +12,7 @@ from orchestrator.config.section import Broken, Section, default_of, name_of, re
 
 MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test")  # these follow the noise scale
 ESTIMATORS = ("micro_batch", "per_example")
-POLICIES = ("fixed", "schedule", *MEASURED_POLICIES)
+POLICIES = ("fixed", "schedule", "decay_to_growth", *MEASURED_POLICIES)
 
 # The keys without which a policy cannot be, and which no other built-in one uses: its policy, and what is usual.
 _NEEDED: Mapping[str, tuple[str, str]] = {
@@ -98,8 +98,8 @@ class ControllerSection(Section):
     )
     policy: Annotated[str, AfterValidator(name_of(POLICIES, "a policy"))] = Field(
         default="noise_scale",
-        description="[name] fixed, schedule (the ramp), noise_scale, tradeoff (steps against samples), "
-        "norm_test, or module:attribute",
+        description="[name] fixed, schedule (the ramp), decay_to_growth (the batch grows where the LR schedule would "
+        "decay), noise_scale, tradeoff (steps against samples), norm_test, or module:attribute",
     )
     every_samples: int = Field(default=1024, ge=1, description="[samples] between two decisions")
     lag_steps: int = Field(
@@ -155,10 +155,10 @@ class ControllerSection(Section):
             elif self.policy in POLICIES and self.policy != owner and value is not None:
                 rule, fix = f"policy {self.policy} does not use it", f"remove it, or write policy: {owner}"
                 broken.append(Broken(keys=(key, "policy"), value=value, rule=rule, fix=fix))
-        if self.policy in ("tradeoff", "norm_test") and self.kappa != 1:
-            key = "exchange_rate" if self.policy == "tradeoff" else "theta"
+        if self.policy in POLICIES and self.policy not in ("noise_scale", "fixed", "schedule") and self.kappa != 1:
+            own = {"tradeoff": "exchange_rate", "norm_test": "theta"}.get(self.policy)
             rule = f"policy {self.policy} does not use it"
-            fix = f"remove it and set {key}, or write policy: noise_scale"
+            fix = f"remove it{f' and set {own}' if own else ''}, or write policy: noise_scale"
             broken.append(Broken(keys=("kappa", "policy"), value=self.kappa, rule=rule, fix=fix))
         if any(a[0] >= b[0] for a, b in pairwise(ramp)):
             rule = "the ramp's samples must rise from one entry to the next"

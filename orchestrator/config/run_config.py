@@ -54,15 +54,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> RunConfig:
-        refuse([*self._batch_rules(), *self._clock_rules(), *self._lr_rules()])
+        refuse([*self._batch_rules(), *self._clock_rules(), *self._lr_rules(), *self._decay_rules()])
         return self
 
     def _batch_rules(self) -> list[Broken]:
         broken = []
         batch, controller, workers = self.batch, self.controller, self.workers
         acts = controller.mode == "act" and controller.policy in MEASURED_POLICIES
+        grows = acts or (controller.mode == "act" and controller.policy == "decay_to_growth")
         may_shrink = controller.shrink and batch.min < batch.initial
-        if acts and batch.max == batch.initial and not may_shrink:
+        if grows and batch.max == batch.initial and not (acts and may_shrink):
             rule = f"controller.mode act with policy {controller.policy} has no room: batch.max equals batch.initial"
             fix = f"write batch.max: {16 * batch.initial}, or controller.mode: advise, or controller.policy: fixed"
             keys: tuple[str, ...] = ("batch.max", "batch.initial", "controller.mode", "controller.policy")
@@ -121,6 +122,35 @@ class RunConfig(Section):
     def _lr_rules(self) -> list[Broken]:
         if self.lr_rule.name != "auto" or self.optimizer.name in OPTIMIZER_KEYS:
             return []
+        if self.controller.policy == "decay_to_growth":
+            return []  # naming a rule would not help there; see below
         rule = f"auto chooses by the optimizer's family, and that of {self.optimizer.name} is not known"
         fix = "name the rule: linear suits sgd-like optimizers, sqrt suits adam-like ones"
         return [Broken(keys=("lr_rule.name", "optimizer.name"), value="auto", rule=rule, fix=fix)]
+
+    def _decay_rules(self) -> list[Broken]:
+        """What decay_to_growth cannot go with: it moves the learning rate and the batch as one."""
+        if self.controller.policy != "decay_to_growth":
+            return []
+        broken, policy, schedule = [], "controller.policy", self.schedule
+        if self.optimizer.name not in OPTIMIZER_KEYS:
+            rule = (
+                "decay_to_growth trades LR for batch by the optimizer's family, and that of "
+                f"{self.optimizer.name} is not known"
+            )
+            fix = "write controller.policy: schedule with a ramp, and an lr_rule that suits the optimizer"
+            broken.append(Broken(keys=(policy, "optimizer.name"), value="decay_to_growth", rule=rule, fix=fix))
+        if self.lr_rule.name not in ("auto", "constant"):
+            rule = (
+                "it would raise the learning rate as the batch grows, and decay_to_growth grows the batch in order to "
+                "lower it: they cancel"
+            )
+            fix = "write lr_rule.name: auto, or another controller.policy"
+            broken.append(Broken(keys=("lr_rule.name", policy), value=self.lr_rule.name, rule=rule, fix=fix))
+        flat = schedule.name == "constant" or schedule.final_fraction == 1 or (schedule.gamma or 0) >= 1
+        if flat:
+            rule = "this schedule never decays, so decay_to_growth would never grow the batch"
+            fix = "write schedule.name: cosine, or step with milestones_samples and a gamma below 1"
+            keys = ("schedule.name", "schedule.final_fraction", "schedule.gamma", policy)
+            broken.append(Broken(keys=keys, value=schedule.name, rule=rule, fix=fix))
+        return broken

@@ -87,11 +87,13 @@ def advise(stretches: Sequence[Stretch], rules: Rules) -> Advice | None:
         steps, samples = steps + taken, samples + taken * batch
         if place.stretch == len(track):
             break
+        seen = before + num * batch
         state = controller.with_due_target(
             replace(
                 state,
                 step=state.step + num,
-                samples_seen=before + num * batch,
+                samples_seen=seen,
+                peak_lr_fraction=max(state.peak_lr_fraction, rules.schedule(seen)),
                 loss_sum=state.loss_sum + losses * batch,
                 loss_samples=state.loss_samples + num * batch,
             )

@@ -16,6 +16,7 @@ from orchestrator.core.lr_rules import Rule
 from orchestrator.core.noise import NoiseSettings, NoiseState
 from orchestrator.core.planner import WorkerLimits, make_plan, useful_workers
 from orchestrator.core.policy_inputs import Policy, PolicyInputs
+from orchestrator.core.schedules import Schedule
 from orchestrator.core.throughput import StepTimes
 from orchestrator.types import (
     Action,
@@ -57,6 +58,7 @@ class Rules:
     noise: NoiseSettings
     policy: Policy
     lr_rule: Rule
+    schedule: Schedule
     workers: WorkerLimits
     resize_when: ResizeWhen
     resize_cost_s: float  # taken until a resize has been measured
@@ -87,6 +89,7 @@ class ControllerState:
     lr: float | None = None  # at the last decision
     loss_sum: float = 0.0  # since the last decision, weighted by samples
     loss_samples: int = 0
+    peak_lr_fraction: float = 0.0  # the schedule's highest value at a step so far
     times: StepTimes = field(default_factory=StepTimes)
     max_micro_batch: int | None = None  # after memory ran out
     resize_cost_s: float | None = None  # as last measured
@@ -187,6 +190,7 @@ def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> Contro
         noise=noise.absorb(state.noise, sample, rules.noise),
         loss_sum=state.loss_sum + sample.loss * sample.batch,
         loss_samples=state.loss_samples + sample.batch,
+        peak_lr_fraction=max(state.peak_lr_fraction, rules.schedule(state.samples_seen)),
         times=times,
     )
     return with_due_target(state)
@@ -221,6 +225,7 @@ def decide(
     if not state.changed and _jumped(state.lr, lr):
         state = replace(state, last_change_samples=state.samples_seen)
     state = replace(state, guard=watched, changed=False, lr=lr, loss_sum=0.0, loss_samples=0)
+    lr_fraction = rules.schedule(state.samples_seen)
     decision = rules.policy(
         PolicyInputs(
             stats=stats,
@@ -228,6 +233,8 @@ def decide(
             samples_seen=state.samples_seen,
             last_change_samples=state.last_change_samples,
             credit=guard.credit(watched),
+            lr_fraction=lr_fraction,
+            peak_lr_fraction=max(state.peak_lr_fraction, lr_fraction),
         )
     )
     if decision.target_batch == state.target.batch:

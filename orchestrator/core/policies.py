@@ -34,6 +34,7 @@ class PolicySettings:
     exchange_rate: float | None = None  # tradeoff: samples that one saved step is worth
     theta: float | None = None  # norm_test: the noise over the gradient's norm that is let pass
     ramp: tuple[tuple[int, int], ...] = ()  # (samples seen, batch)
+    base_batch: int = 1  # samples; decay_to_growth: the batch that the LR and its schedule are meant for
     deadband: float = 1.5  # ratio
     cooldown_samples: int = 0
     max_growth: float = 2.0  # ratio, per decision
@@ -59,6 +60,31 @@ def schedule(settings: PolicySettings) -> Policy:
             return keep(inputs, f"the ramp begins at {ramp[0][0]} samples")
         samples, batch = reached[-1]
         return Decision(target_batch=batch, reason=f"the ramp says {batch} from {samples} samples on")
+
+    return propose
+
+
+def decay_to_growth(settings: PolicySettings) -> Policy:
+    """``base_batch`` x f_peak / f: where the LR schedule f decays, the batch grows instead.
+
+    Smith et al. 2018, arXiv:1711.00489, for SGD, whose noise goes with LR / batch; Seesaw (Meterez et al. 2025,
+    arXiv:2510.14717) for normalised updates as Adam's, whose noise goes with LR / sqrt(batch). The other half of the
+    exchange is the LR's: the run multiplies it by f x (batch / base_batch)^q with q 1 or 1/2 and the batch really in
+    force, so that the noise follows the decayed baseline at every batch, and what the ceiling (or the dead-band)
+    withholds stays with the LR. During warm-up f is its own highest so far, and the batch stays.
+
+    A step at batch B takes B / base_batch of the baseline's, so the share of steps that remains is the mean of f over
+    the samples: 2 / pi on Seesaw's quarter cosine cos(pi u / 2U), and 1 / 2 on a half cosine that ends at zero.
+    """
+    base = settings.base_batch
+
+    def propose(inputs: PolicyInputs) -> Decision:
+        now, peak = inputs.lr_fraction, inputs.peak_lr_fraction
+        if now >= peak:
+            return Decision(target_batch=base, reason=f"the LR schedule is at its peak so far: batch {base}")
+        wish = whole(base * (peak / now)) if now > 0 else LARGEST
+        reason = f"the LR schedule fell to {now / peak:.4g} of its peak: batch {base} grows by the inverse"
+        return Decision(target_batch=wish, reason=reason)
 
     return propose
 
@@ -112,22 +138,30 @@ def norm_test(settings: PolicySettings) -> Policy:
 POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
     "fixed": fixed,
     "schedule": schedule,
+    "decay_to_growth": decay_to_growth,
     "noise_scale": noise_scale,
     "tradeoff": tradeoff,
     "norm_test": norm_test,
 }
 
 
+# These carry out what the user planned over the samples, and do not look at the noise.
+PLANNED = frozenset({"schedule", "decay_to_growth"})
+
+
 def build_policy(settings: PolicySettings) -> Policy:
     """The policy ``settings.name`` names, within its restraints.
 
-    A ramp is the user's word and knows only the limits. ``package.module:factory`` is called with the settings and is
-    restrained like ``noise_scale``.
+    A ramp is the user's word and knows only the limits. A decay that becomes growth is the user's word as well: no
+    evidence is waited for, so cooldown and growth cap do not apply (a milestone's decay comes at once too). The
+    dead-band does, since a smooth schedule asks for a little more at every decision and a change of plan is not free.
+    ``package.module:factory`` is called with the settings and is restrained like ``noise_scale``.
     """
     policy: Policy = resolve(settings.name, POLICIES, kind="policy")(settings)
     if settings.name == "fixed":
         return policy
-    if settings.name != "schedule":
+    measured = settings.name not in PLANNED
+    if measured:
         # From the innermost out: what the evidence supports, then how fast, then whether it is worth a change.
         prefer = PREFERENCES.get(settings.name, PREFERENCES["noise_scale"])
         policy = with_credit(policy, batch_at=prefer(settings).batch_at)
@@ -137,6 +171,7 @@ def build_policy(settings: PolicySettings) -> Policy:
     policy = with_limits(policy, floor=settings.floor, ceiling=settings.ceiling)
     if settings.name != "schedule":
         policy = with_deadband(policy, ratio=settings.deadband, ceiling=settings.ceiling)
+    if measured:
         policy = with_cooldown(policy, cooldown_samples=settings.cooldown_samples)
     return policy
 

@@ -19,6 +19,8 @@ class PolicyInputs:
     samples_seen: int
     last_change_samples: int | None = None
     credit: float | None = None
+    lr_fraction: float = 1.0  # the LR schedule's factor for the next step
+    peak_lr_fraction: float = 1.0  # its highest so far
 
 
 Policy = Callable[[PolicyInputs], Decision]

@@ -113,6 +113,7 @@ def advise(
             left_out[name] = str(error)
             continue
         decisions[name] = policy(inputs)
+    left_out["decay_to_growth"] = "it follows the LR schedule over a run, and not the noise that a probe measures"
     for name, factory in LR_RULES.items():
         try:
             rule = factory(rule_settings if name == own_rule else RuleSettings())

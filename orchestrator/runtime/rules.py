@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from orchestrator.config import RunConfig
 from orchestrator.core.controller import Rules
-from orchestrator.core.lr_rules import build_rule
+from orchestrator.core.lr_rules import Rule, build_rule
 from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.planner import WorkerLimits
 from orchestrator.core.policies import PolicySettings, build_policy
-from orchestrator.errors import TaskError
+from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
+from orchestrator.errors import ConfigError, TaskError
 from orchestrator.measure.estimators import find_estimator
+
+# The power of the batch that the LR's noise goes against (see ``policies.decay_to_growth``).
+NOISE_EXPONENTS: Mapping[str, float] = {
+    **dict.fromkeys(("sgd", "lars"), 1.0),
+    **dict.fromkeys(("adam", "adamw", "lamb", "lans"), 0.5),
+}
 
 
 def total_samples(config: RunConfig, *, dataset_size: int) -> int:
@@ -21,8 +30,9 @@ def total_samples(config: RunConfig, *, dataset_size: int) -> int:
 
 
 def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
-    """Raises ``TaskError`` when the data set is smaller than the batch the run begins with."""
-    batch, control, lr_rule = config.batch, config.controller, config.lr_rule
+    """Raises ``TaskError`` when the data set is smaller than the batch the run begins with, and ``ConfigError`` for a
+    schedule that does not fit into the run."""
+    batch, control = config.batch, config.controller
     if dataset_size < batch.initial:
         raise TaskError(
             f"the training set has {dataset_size} samples and batch.initial is {batch.initial}: a batch never holds "
@@ -36,6 +46,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
             exchange_rate=control.exchange_rate,
             theta=control.theta,
             ramp=tuple(control.ramp or ()),
+            base_batch=batch.initial,
             deadband=control.deadband,
             cooldown_samples=control.cooldown_samples,
             max_growth=control.max_growth,
@@ -44,8 +55,9 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
             shrink=control.shrink,
         )
     )
+    total = total_samples(config, dataset_size=dataset_size)
     return Rules(
-        total_samples=total_samples(config, dataset_size=dataset_size),
+        total_samples=total,
         base_batch=batch.initial,
         micro_batch=batch.micro_batch,
         act=act,
@@ -54,13 +66,8 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         lag_steps=control.lag_steps,
         noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),
         policy=policy,
-        lr_rule=build_rule(
-            lr_rule.name,
-            exponent=lr_rule.exponent,
-            peak_batch=lr_rule.peak_batch,
-            floor=lr_rule.floor,
-            optimizer_name=config.optimizer.name,
-        ),
+        lr_rule=_lr_rule(config),
+        schedule=_schedule(config, total=total),
         workers=WorkerLimits(
             minimum=config.workers.min,
             maximum=config.workers.max,
@@ -69,3 +76,23 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         resize_when=config.workers.when,
         resize_cost_s=config.workers.resize_cost_s,
     )
+
+
+def _lr_rule(config: RunConfig) -> Rule:
+    if config.controller.policy == "decay_to_growth":
+        return build_rule("power", exponent=NOISE_EXPONENTS[config.optimizer.name])
+    lr_rule = config.lr_rule
+    return build_rule(
+        lr_rule.name,
+        exponent=lr_rule.exponent,
+        peak_batch=lr_rule.peak_batch,
+        floor=lr_rule.floor,
+        optimizer_name=config.optimizer.name,
+    )
+
+
+def _schedule(config: RunConfig, *, total: int) -> Schedule:
+    try:
+        return build_schedule(ScheduleSettings(**config.schedule.settings()), total_samples=total)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import final
 
-from orchestrator.config import RunConfig
 from orchestrator.core import cursor
 from orchestrator.core.controller import Rules, is_decision_point
-from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
-from orchestrator.errors import ConfigError
 from orchestrator.types import ApplyPlan, BatchPlan, Target
 
 
@@ -21,14 +18,8 @@ class RunState:
     plan: BatchPlan
     target: Target
 
-    def __init__(self, config: RunConfig, rules: Rules) -> None:
+    def __init__(self, rules: Rules) -> None:
         self._rules = rules
-        try:
-            self._schedule: Schedule = build_schedule(
-                ScheduleSettings(**config.schedule.settings()), total_samples=rules.total_samples
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         self.next: ApplyPlan | None = None
         self._last_batch = 0
 
@@ -53,7 +44,7 @@ class RunState:
         """What the base learning rates are multiplied by in a step of ``batch`` samples that begins here."""
         base = self._rules.base_batch
         rule = self._rules.lr_rule(batch / base, noise_scale=self.target.noise_scale, base_batch=base)
-        return self._schedule(self.samples_seen) * rule
+        return self._rules.schedule(self.samples_seen) * rule
 
     def took(self, batch: int) -> None:
         """A step of ``batch`` samples was taken."""

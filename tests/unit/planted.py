@@ -31,9 +31,8 @@ def rules(**changes: Any) -> Rules:
 
     Names that ``PolicySettings`` knows and ``Rules`` does not (ceiling, deadband, shrink, ...) go to the policy.
     """
-    of_policy = {
-        key: changes.pop(key) for key in list(changes) if key in PolicySettings.__dataclass_fields__ and key != "name"
-    }
+    policy_alone = PolicySettings.__dataclass_fields__.keys() - Rules.__dataclass_fields__.keys() - {"name"}
+    of_policy = {key: changes.pop(key) for key in list(changes) if key in policy_alone}
     base: dict[str, Any] = {
         "total_samples": 200_000,
         "base_batch": 32,
@@ -44,6 +43,7 @@ def rules(**changes: Any) -> Rules:
         "lag_steps": 2,
         "noise": NoiseSettings(half_life_samples=4096),
         "lr_rule": build_rule("constant"),
+        "schedule": lambda samples: 1.0,
         "workers": WorkerLimits(minimum=1, maximum=1, micro_batches_each=2),
         "resize_when": "never",
         "resize_cost_s": 10.0,
