@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator.types import Action, ApplyPlan, Event
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Collective(Protocol):
@@ -21,6 +24,10 @@ class Collective(Protocol):
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin ``sum``; what is returned waits for it, and is called once."""
+        ...
+
+    def sum_tensor(self, tensor: Tensor) -> None:
+        """Put the sum over the ranks into ``tensor``, the same on each; where it lies, without waiting for a device."""
         ...
 
     def share(self, value: Any) -> Any:

@@ -41,7 +41,7 @@ from orchestrator.runtime.rules import rules_from
 from orchestrator.runtime.run_state import RunState
 from orchestrator.runtime.step import Step, backward_seed, check_loss
 from orchestrator.runtime.transfer import move
-from orchestrator.runtime.update import WeightUpdate
+from orchestrator.runtime.update import WeightUpdate, check_parts
 from orchestrator.runtime.worker import Worker, local_worker
 from orchestrator.tasks.protocol import check_dataset
 from orchestrator.types import ApplyPlan, BatchPlan, PlanRejected
@@ -70,6 +70,7 @@ class Session:
         resume: bool = False,
     ) -> None:
         check_dataset(dataset)
+        check_parts(config, optimizer)
         self.config = config
         self.worker = local_worker(config) if worker is None else worker
         self.optimizer = optimizer
@@ -91,6 +92,7 @@ class Session:
             scaler=grad_scaler,
             max_grad_norm=config.train.max_grad_norm,
             device=self.worker.device,
+            collective=self._collective,
         )
         self._estimator = find_estimator(config.measure.estimator)
         self._meter = self._estimator.build(model, self._update.trained, config.measure)
@@ -181,7 +183,8 @@ class Session:
             started = True
             # Divided, not multiplied by the reciprocal: what a plain loop writes, to the last bit.
             divisor = step.plan.batch / (size * self._collective.world_size)
-            self._update.scaled(value / divisor).backward(backward_seed(value))
+            with self._update.part(share=size / step.plan.batch, loss_scale=step.loss_scale / divisor):
+                self._update.scaled(value / divisor).backward(backward_seed(value))
         except Exception as error:
             # Once a synchronising backward pass has begun, other ranks may hold half of its all-reduces.
             if not is_out_of_memory(error) or (started and synchronises):
@@ -237,6 +240,7 @@ class Session:
         self._randomness.end()
         self._loader.close()
         self._meter.close()
+        self._update.close()
         self._history.journal.close()
 
     def __enter__(self) -> Session:
@@ -273,6 +277,7 @@ class Session:
             began_s=self.worker.now(),
         )
         self._meter.begin_step(measure=measured)
+        self._update.begin_step()
         self._replica.begin_step(again=repeats)
         return self._step
 
@@ -399,6 +404,13 @@ class Session:
                 "sample, or a device with more memory"
             )
         self._replica.restore_buffers()
+        if (part := self.config.optimizer.part_samples) is not None:
+            self._update.discard()
+            raise SessionError(
+                f"rank {limits.index(limit)}: a micro-batch of {part} samples does not fit in memory, and "
+                f"optimizer.part_samples says that a part has {part}: cut smaller, it would be another optimizer; "
+                f"begin a new run with optimizer.part_samples: {limit} or less, or on a device with more memory"
+            )
         planned = self._history.replan(
             PlanRejected(max_micro_batch=limit), step=self.step_number, samples_seen=self.samples_seen
         )

@@ -18,6 +18,7 @@ OPTIMIZER_KEYS: Mapping[str, frozenset[str]] = {
     "lars": frozenset({"momentum", "trust"}),
     "lamb": frozenset({"betas", "eps"}),
     "lans": frozenset({"betas", "eps"}),
+    "clars": frozenset({"momentum", "trust", "part_samples"}),
 }
 SCHEDULE_KEYS: Mapping[str, frozenset[str]] = {
     "constant": frozenset(),
@@ -45,19 +46,19 @@ class OptimizerSection(Section):
     """The optimizer, and the learning rate at batch.initial."""
 
     name: Annotated[str, AfterValidator(name_of(OPTIMIZER_KEYS, "an optimizer"))] = Field(
-        description="[name] sgd, adam, adamw, lars, lamb, lans, or package.module:attribute"
+        description="[name] sgd, adam, adamw, lars, lamb, lans, clars, or package.module:attribute"
     )
     lr: float = Field(gt=0, description="[rate] learning rate at batch.initial; schedule and lr_rule multiply it")
     momentum: float | None = Field(
-        default_factory=default_of({"sgd": 0.0, "lars": 0.9}),
+        default_factory=default_of({"sgd": 0.0, "lars": 0.9, "clars": 0.9}),
         ge=0,
         lt=1,
-        description="[fraction] sgd, lars: of the last update kept",
+        description="[fraction] sgd, lars, clars: of the last update kept",
     )
     trust: float | None = Field(
-        default_factory=default_of({"lars": 0.001}),
+        default_factory=default_of({"lars": 0.001, "clars": 0.001}),
         gt=0,
-        description="[fraction] lars: of its own norm that a layer moves in a step at lr 1",
+        description="[fraction] lars, clars: of its own norm that a layer moves in a step at lr 1",
     )
     nesterov: bool | None = Field(
         default_factory=default_of({"sgd": False}), description="[true or false] sgd: look ahead along the momentum"
@@ -72,10 +73,18 @@ class OptimizerSection(Section):
         description="[gradient] adam, adamw, lamb, lans: added to the root of the averaged square",
     )
     weight_decay: float | None = Field(
-        default_factory=default_of({"sgd": 0.0, "adam": 0.0, "adamw": 0.01, "lars": 0.0, "lamb": 0.01, "lans": 0.01}),
+        default_factory=default_of(
+            {"sgd": 0.0, "adam": 0.0, "adamw": 0.01, "lars": 0.0, "lamb": 0.01, "lans": 0.01, "clars": 0.0}
+        ),
         ge=0,
-        description="[rate] pull of the weights towards zero (adamw: apart from the gradient; lars, lamb, lans: within "
-        "the layer's step, and not on biases and gains)",
+        description="[rate] pull of the weights towards zero (adamw: apart from the gradient; lars, lamb, lans, clars: "
+        "within the layer's step, and not on biases and gains)",
+    )
+    part_samples: int | None = Field(
+        default_factory=default_of({}),
+        ge=1,
+        description="[samples] clars: the parts of the batch whose gradients are compared; each is one micro-batch, "
+        "whatever the layout",
     )
 
     @model_validator(mode="after")
@@ -84,12 +93,19 @@ class OptimizerSection(Section):
         if self.name == "sgd" and self.nesterov and not self.momentum:
             rule = "nesterov needs momentum, and optimizer.momentum is 0"
             broken.append(Broken(keys=("nesterov", "momentum"), value=True, rule=rule, fix="write momentum: 0.9"))
+        if self.part_samples is None and "part_samples" in OPTIMIZER_KEYS.get(self.name, ()):
+            rule = f"optimizer {self.name} compares parts of the batch and must know how large they are"
+            fix = "write part_samples: batch.micro_batch, or a divisor of it; smaller parts tell more"
+            broken.append(Broken(keys=("part_samples", "name"), value=None, rule=rule, fix=fix))
         refuse(broken)
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What the optimizer's factory is given by name: every key that belongs to it, ``lr`` among them."""
-        return given_keys(self, without=frozenset({"name"}))
+        """What the optimizer's factory is given by name: every key that belongs to it, ``lr`` among them.
+
+        ``part_samples`` is for the session, which cuts the batch.
+        """
+        return given_keys(self, without=frozenset({"name", "part_samples"}))
 
 
 class ScheduleSection(Section):
@@ -156,8 +172,8 @@ class LrRuleSection(Section):
 
     name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
         default="auto",
-        description="[name] auto (noise_scale for sgd, lars; sqrt for adam, adamw, lamb, lans), constant, linear, "
-        "sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, or module:attribute",
+        description="[name] auto (noise_scale for sgd, lars, clars; sqrt for adam, adamw, lamb, lans), constant, "
+        "linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, or module:attribute",
     )
     exponent: float | None = Field(
         default_factory=default_of({"noise_scale": 1.0}),

@@ -54,7 +54,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> RunConfig:
-        refuse([*self._batch_rules(), *self._clock_rules(), *self._lr_rules(), *self._decay_rules()])
+        refuse(
+            [
+                *self._batch_rules(),
+                *self._part_rules(),
+                *self._clock_rules(),
+                *self._lr_rules(),
+                *self._decay_rules(),
+            ]
+        )
         return self
 
     def _batch_rules(self) -> list[Broken]:
@@ -87,6 +95,22 @@ class RunConfig(Section):
                 keys = ("controller.ramp", "batch.max", "batch.initial", "batch.min", "controller.shrink")
                 broken.append(Broken(keys=keys, value=controller.ramp, rule=rule, fix=fix))
         return broken
+
+    def _part_rules(self) -> list[Broken]:
+        part, batch = self.optimizer.part_samples, self.batch
+        if part is None:
+            return []
+        key = "batch.min" if self.controller.shrink and batch.min < batch.initial else "batch.initial"
+        lowest = min(batch.min, batch.initial) if key == "batch.min" else batch.initial
+        if part > batch.micro_batch:
+            rule = f"a part is one micro-batch, and batch.micro_batch is {batch.micro_batch}"
+            fix = f"write {batch.micro_batch} or less, or raise batch.micro_batch if the memory is there"
+            return [Broken(keys=("optimizer.part_samples", "batch.micro_batch"), value=part, rule=rule, fix=fix)]
+        if 2 * part > lowest:
+            rule = f"parts are compared, and {key}, {lowest}, does not make two of them"
+            fix = f"write {lowest // 2} or less" if lowest > 1 else "write a batch of 2 or more"
+            return [Broken(keys=("optimizer.part_samples", key), value=part, rule=rule, fix=fix)]
+        return []
 
     def _clock_rules(self) -> list[Broken]:
         """What must happen before the last sample; with epochs the total is known only with the data."""

@@ -147,7 +147,7 @@ def auto(optimizer_name: str | None) -> Rule:
     one that they scale: lars with sgd; lamb and lans with adam, as lamb's authors do (arXiv:1904.00962). Raises
     ``ValueError`` for an optimizer whose family is not known.
     """
-    if optimizer_name in ("sgd", "lars"):
+    if optimizer_name in ("sgd", "lars", "clars"):
         return noise_scale()
     if optimizer_name in ("adam", "adamw", "lamb", "lans"):
         return sqrt()

@@ -1,5 +1,7 @@
 """Optimizers for large batches: each layer, that is each parameter tensor, moves by a share of its own norm.
 
+CLARS looks at the parts of a batch besides: see ``orchestrator.optim.parts``.
+
 Written here because the published packages at hand divide where they should multiply, clamp what no formula clamps,
 or begin their momentum with another quantity; ``tests/unit/test_optimizers.py`` holds these to the formulas.
 """
@@ -10,10 +12,17 @@ from collections.abc import Mapping
 
 import torch
 
+from orchestrator.optim.clars import CLARS
 from orchestrator.optim.lamb import LAMB
 from orchestrator.optim.lans import LANS
 from orchestrator.optim.lars import LARS
+from orchestrator.optim.parts import PartsOptimizer
 
-OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {"lars": LARS, "lamb": LAMB, "lans": LANS}
+OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
+    "lars": LARS,
+    "lamb": LAMB,
+    "lans": LANS,
+    "clars": CLARS,
+}
 
-__all__ = ["LAMB", "LANS", "LARS", "OPTIMIZERS"]
+__all__ = ["CLARS", "LAMB", "LANS", "LARS", "OPTIMIZERS", "PartsOptimizer"]

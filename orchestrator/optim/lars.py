@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
 from typing import Any, final
 
 import torch
@@ -57,26 +58,42 @@ class LARS(LayerWiseOptimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
-            check_not_negative(group["lr"], key="lr", optimizer="LARS")
-            check_fraction(group["momentum"], key="momentum", optimizer="LARS")
-            check_positive(group["trust"], key="trust", usual=0.001, optimizer="LARS")
-            check_not_negative(group["weight_decay"], key="weight_decay", optimizer="LARS")
+            check_lars_settings(group, optimizer="LARS")
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        w, g = computing(parameter), computing(gradient)
-        rate = group["lr"]
-        if adapts(parameter, group):
-            decay = group["weight_decay"]
-            weight_norm = norm(w)
-            rate = rate * ratio(weight_norm, norm(g) + decay * weight_norm, factor=group["trust"])
-            g = g.add(w, alpha=decay)
-        move = g * rate
-        if group["momentum"] != 0:
-            state = self.state[parameter]
-            if not state:
-                # Zeros, not the gradient: v is in units of the weights, and the gradient has not been scaled to them.
-                state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            kept = computing(state["momentum_buffer"])
-            move = move.add_(kept, alpha=group["momentum"])
-            state["momentum_buffer"].copy_(move)
-        parameter.copy_(w - move)
+        move_by_trust(parameter, gradient, norm(gradient), group, state=self.state)
+
+
+def move_by_trust(
+    parameter: Tensor,
+    gradient: Tensor,
+    gradient_norm: Tensor,
+    group: Mapping[str, Any],
+    *,
+    state: MutableMapping[Tensor, dict[str, Any]],
+) -> None:
+    """The step above, with ``gradient_norm`` (0-D) for the |g| in q."""
+    w, g = computing(parameter), computing(gradient)
+    rate = group["lr"]
+    if adapts(parameter, group):
+        decay = group["weight_decay"]
+        weight_norm = norm(w)
+        rate = rate * ratio(weight_norm, gradient_norm + decay * weight_norm, factor=group["trust"])
+        g = g.add(w, alpha=decay)
+    move = g * rate
+    if group["momentum"] != 0:
+        own = state[parameter]
+        if not own:
+            # Zeros, not the gradient: v is in units of the weights, and the gradient has not been scaled to them.
+            own["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        kept = computing(own["momentum_buffer"])
+        move = move.add_(kept, alpha=group["momentum"])
+        own["momentum_buffer"].copy_(move)
+    parameter.copy_(w - move)
+
+
+def check_lars_settings(group: Mapping[str, Any], *, optimizer: str) -> None:
+    check_not_negative(group["lr"], key="lr", optimizer=optimizer)
+    check_fraction(group["momentum"], key="momentum", optimizer=optimizer)
+    check_positive(group["trust"], key="trust", usual=0.001, optimizer=optimizer)
+    check_not_negative(group["weight_decay"], key="weight_decay", optimizer=optimizer)

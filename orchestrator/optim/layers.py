@@ -19,10 +19,7 @@ class LayerWiseOptimizer(torch.optim.Optimizer):
 
         Nothing waits for the device. Gradients are left as they are.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter, gradient in moving(group, optimizer=type(self).__name__):
                 self._move(parameter, gradient, group)
@@ -32,12 +29,20 @@ class LayerWiseOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+def loss_of(closure: Callable[[], float] | None) -> Any:
+    """The closure's loss, computed with gradients; ``None`` without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def adam_moments(
     state: dict[str, Any], parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Takes ``gradient`` into Adam's averages in ``state``; the bias-corrected mean, and sqrt of the square + eps."""
     beta1, beta2 = group["betas"]
-    if not state:
+    if "step" not in state:
         # Counted on the host, so that reading it waits for nothing; torch.optim's Adam does so too.
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

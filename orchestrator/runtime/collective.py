@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @final
@@ -21,6 +22,9 @@ class Solo:
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         return lambda: list(values)
+
+    def sum_tensor(self, tensor: Tensor) -> None:
+        """It is the sum already."""
 
     def share(self, value: Any) -> Any:
         return value
@@ -56,6 +60,10 @@ class ProcessGroupCollective:
             return found
 
         return result
+
+    def sum_tensor(self, tensor: Tensor) -> None:
+        # Over the default group, which is the one that reduces the gradients: its backend reaches their device.
+        dist.all_reduce(tensor)
 
     def share(self, value: Any) -> Any:
         box = [value]

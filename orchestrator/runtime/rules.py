@@ -59,7 +59,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
     return Rules(
         total_samples=total,
         base_batch=batch.initial,
-        micro_batch=batch.micro_batch,
+        micro_batch=batch.micro_batch if config.optimizer.part_samples is None else config.optimizer.part_samples,
         act=act,
         measurable=act and control.policy != "fixed" and find_estimator(config.measure.estimator).cuts,
         every_samples=control.every_samples,

@@ -1,19 +1,27 @@
-"""How are the weights updated? Learning rates, AMP scaling and clipping around the user's own optimizer."""
+"""How are the weights updated? Learning rates, AMP scaling, clipping and the parts of a batch around the optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
 from torch import Tensor, nn
+
+from orchestrator.config import RunConfig
+from orchestrator.errors import SessionError
+from orchestrator.measure.parts import PartMeter
+from orchestrator.optim import PartsOptimizer
+from orchestrator.ports import Collective
 
 
 @final
 class WeightUpdate:
     """The learning rates found in ``optimizer`` are the base that ``apply`` multiplies.
 
-    ``parameters`` are the model's; ``trained`` those of them that the optimizer updates.
+    ``parameters`` are the model's; ``trained`` those of them that the optimizer updates. An optimizer that takes the
+    parts of a batch is given them; for any other nothing is collected.
     """
 
     def __init__(
@@ -24,6 +32,7 @@ class WeightUpdate:
         scaler: torch.amp.GradScaler | None,
         max_grad_norm: float | None,
         device: torch.device,
+        collective: Collective,
     ) -> None:
         self.scaler = scaler
         if scaler is not None:
@@ -32,6 +41,12 @@ class WeightUpdate:
         self._optimizer = optimizer
         self._parameters = list(parameters)
         self._max_grad_norm = max_grad_norm
+        self._collective = collective
+        self._parts: PartMeter | None = None
+        if isinstance(optimizer, PartsOptimizer):
+            self._parts = PartMeter(
+                self.trained, of_part=optimizer.of_part, shape_of=optimizer.shape_of, degree=optimizer.degree
+            )
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
 
     @property
@@ -46,7 +61,16 @@ class WeightUpdate:
     def scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
+    def begin_step(self) -> None:
+        if self._parts is not None:
+            self._parts.begin_step()
+
+    def part(self, *, share: float, loss_scale: float) -> AbstractContextManager[None]:
+        """Around a micro-batch's backward pass; its ``share`` of the step's samples, and what its loss is times."""
+        return nullcontext() if self._parts is None else self._parts.part(share=share, loss_scale=loss_scale)
+
     def apply(self, lr_factor: float) -> None:
+        """Collective with an optimizer that takes the parts of a batch."""
         for group, base in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * lr_factor)
@@ -54,8 +78,13 @@ class WeightUpdate:
                 group["lr"] = base * lr_factor
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
+        clipped: float | Tensor = 1.0
         if self._max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained, self._max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(self.trained, self._max_grad_norm)
+            clipped = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as the line before does
+        if isinstance(self._optimizer, PartsOptimizer) and self._parts is not None:
+            self._collective.sum_tensor(self._parts.totals)
+            self._optimizer.take_parts(self._parts.averages, grad_scale=clipped)
         if self.scaler is None:
             self._optimizer.step()
         else:
@@ -63,8 +92,28 @@ class WeightUpdate:
             self.scaler.update()
         self.discard()
 
+    def close(self) -> None:
+        if self._parts is not None:
+            self._parts.close()
+
     def discard(self) -> None:
         """Forget the gradients, also those of parameters that the optimizer does not know: they would pile up."""
         self._optimizer.zero_grad(set_to_none=True)
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def check_parts(config: RunConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ``SessionError`` where only one of config and optimizer is about the parts of a batch."""
+    part_samples, takes_parts = config.optimizer.part_samples, isinstance(optimizer, PartsOptimizer)
+    if takes_parts and part_samples is None:
+        raise SessionError(
+            f"{type(optimizer).__name__} is told how the parts of a batch differ, and the config does not say how "
+            "large a part is: write optimizer.part_samples, at most batch.micro_batch, with the optimizer's name in "
+            "optimizer.name"
+        )
+    if part_samples is not None and not takes_parts:
+        raise SessionError(
+            f"optimizer.part_samples is {part_samples}, and {type(optimizer).__name__} does not ask for the parts of a "
+            "batch: remove it, or derive the optimizer from orchestrator.optim.PartsOptimizer"
+        )

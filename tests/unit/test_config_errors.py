@@ -143,6 +143,27 @@ CASES = [
     Case("neither samples nor epochs", "  precision: fp32", "train.samples", "", "train.epochs: 10", "  epochs: 60"),
     Case("momentum for adam", "  name: adam", "optimizer.momentum", "0.9", "that uses it: sgd", "  name: sgd", 13),
     Case("betas for sgd", "  betas: [0.9, 0.99]", "optimizer.betas", "[0.9, 0.99]", "uses it: adam, adamw"),
+    Case("parts for sgd", "  part_samples: 8", "optimizer.part_samples", "8", "uses it: clars"),
+    Case("clars without parts", "  name: clars", "optimizer.part_samples", "", "divisor of it", "  name: sgd"),
+    Case(
+        "parts above the micro-batch",
+        "  name: clars\n  part_samples: 33",
+        "optimizer.part_samples",
+        "33",
+        "write 32 or less, or raise batch.micro_batch",
+        "  name: sgd",
+    ),
+    Case(
+        "one part alone",
+        "  name: clars\n  part_samples: 17",
+        "optimizer.part_samples",
+        "17",
+        "batch.initial, 32, does not make two of them\nwrite 16 or less",
+        "  name: sgd",
+    ),
+    Case(
+        "parts of nothing", "  name: clars\n  part_samples: 0", "optimizer.part_samples", "0", "least 1", "  name: sgd"
+    ),
     Case("trust for sgd", "  trust: 0.1", "optimizer.trust", "0.1", "that uses it: lars"),
     Case("nesterov alone", "  nesterov: true", "optimizer.nesterov", "true", "momentum: 0.9", "  momentum: 0.9"),
     added("gamma for cosine", "schedule.gamma", "0.5", "uses it: step", beside="name: cosine"),

@@ -115,6 +115,7 @@ def test_an_unknown_noise_scale_risks_no_larger_rate() -> None:
     [
         ("sgd", "noise_scale"),
         ("lars", "noise_scale"),
+        ("clars", "noise_scale"),
         ("adam", "sqrt"),
         ("adamw", "sqrt"),
         ("lamb", "sqrt"),
