@@ -18,6 +18,7 @@ from orchestrator.errors import GroundswellError
 
 if TYPE_CHECKING:
     from orchestrator.runtime.probe import Probe
+    from orchestrator.types import NoiseStats
 
 _PRECISION = 0.1
 _PLAIN_WIDTH = 120  # columns, where no terminal says its own
@@ -32,8 +33,17 @@ _PLAIN_WIDTH = 120  # columns, where no terminal says its own
     metavar="N",
     help="How many to measure on, at most the data set; 4096, or the data set, when left out.",
 )
+@click.option(
+    "--groups",
+    type=click.Choice(["layers", "none"]),
+    default="layers",
+    show_default=True,
+    help="Measure each layer besides the whole, or only the whole.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key: section.key=value.")
-def probe_command(config: str, checkpoint: Path | None, samples: int | None, overrides: tuple[str, ...]) -> None:
+def probe_command(
+    config: str, checkpoint: Path | None, samples: int | None, groups: str, overrides: tuple[str, ...]
+) -> None:
     """Measure the noise scale of CONFIG's model without training it, and say what batch would follow.
 
     The model is the seeded one that a run begins with, or that of --checkpoint: the newest whole one of a run.
@@ -46,7 +56,7 @@ def probe_command(config: str, checkpoint: Path | None, samples: int | None, ove
         settings = load_config(find_config(config), overrides)
         from orchestrator.runtime.probe import probe
 
-        found = probe(settings, checkpoint=checkpoint, samples=samples)
+        found = probe(settings, checkpoint=checkpoint, samples=samples, by_layer=groups == "layers")
     except GroundswellError as error:
         click.echo(str(error), err=True)
         sys.exit(2)
@@ -63,12 +73,13 @@ def show(found: Probe, config: RunConfig, *, console: Console) -> None:
     _say_what_was_used(found, config, console)
     stats, samples = found.stats, found.plan.samples
     numbers = Table.grid(padding=(0, 2))
-    numbers.add_row("noise scale", Text(f"{_interval(found, config)}  {stats.verdict.value}"), style="bold")
+    numbers.add_row("noise scale", Text(f"{_interval(stats, config)}  {stats.verdict.value}"), style="bold")
     numbers.add_row("|G|^2", _number(stats.grad_sq))
     numbers.add_row("tr(Sigma)", _number(stats.trace_cov))
     numbers.add_row("loss", _number(found.loss))
     console.print(numbers)
     console.print()
+    _say_layers(found, config, console)
     now = relative_precision(stats)
     if not stats.bounded or now is None:
         _say_too_noisy(found, console)
@@ -90,6 +101,18 @@ def _say_what_was_used(found: Probe, config: RunConfig, console: Console) -> Non
         f"The first {plan.samples:,} samples of the run's stream ({found.dataset_size:,} in the data set), in "
         f"{len(plan.groups)} groups of {_span(plan.groups)} micro-batches of {plan.micro_batch}; nothing was trained.",
     )
+    console.print()
+
+
+def _say_layers(found: Probe, config: RunConfig, console: Console) -> None:
+    """A line for each module that owns parameters."""
+    if not found.layers:
+        return
+    _say(console, "By layer (tr(Sigma) and |G|^2 add up to the whole's, so its noise scale is no mean of these):")
+    table = Table.grid(padding=(0, 2))
+    for name, stats in found.layers.items():
+        table.add_row(Text(f"  {name}"), _interval(stats, config), stats.verdict.value)
+    console.print(table)
     console.print()
 
 
@@ -149,8 +172,7 @@ def _precision_text(found: Probe, now: float) -> str:
     return f"{told}; {wanted} would need about {more:,} more samples{end}"
 
 
-def _interval(found: Probe, config: RunConfig) -> str:
-    stats = found.stats
+def _interval(stats: NoiseStats, config: RunConfig) -> str:
     scale = "not known" if stats.noise_scale is None else f"{_number(stats.noise_scale)} samples"
     if stats.low is None and stats.high is None:
         return scale

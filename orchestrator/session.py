@@ -32,6 +32,7 @@ from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
 from orchestrator.runtime.exchange import Exchange, OwnStep
+from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
@@ -116,6 +117,14 @@ class Session:
             scaler=grad_scaler,
         )
         self._exchange = Exchange(self._collective, self._history, lag_steps=rules.lag_steps, act=rules.act)
+        self._groups = GroupNoise(
+            config,
+            model=model,
+            optimizer=optimizer,
+            trained=self._update.trained,
+            collective=self._collective,
+            journal=self._history.journal,
+        )
         self._randomness = SampleRandomness(config.run.seed, self.worker.device)
         self._step: Step | None = None
         self._asked = Announcement()  # what was heard and not done yet
@@ -194,6 +203,7 @@ class Session:
             return None
         mean = value.detach()
         self._meter.end_micro_batch(size=size, loss=mean, loss_scale=step.loss_scale / divisor)
+        self._groups.end_micro_batch(size=size, loss_scale=step.loss_scale / divisor)
         step.done += 1
         return mean
 
@@ -208,10 +218,13 @@ class Session:
         if (step.rejected is not None or not reading.grad_is_finite) and not self._goes_on(step, reading):
             return
         lr_factor = self.lr_factor
+        self._groups.read(grad_scale=step.loss_scale)
         self._update.apply(lr_factor)
         self._state.took(step.plan.batch)
         step.finished = True
-        self._hear(self._exchange.add(self._own(step, reading, lr_factor), stop=self._stop_reason is not None))
+        own = self._own(step, reading, lr_factor)
+        self._hear(self._exchange.add(own, stop=self._stop_reason is not None))
+        self._groups.add(own)
         if self.evaluation_due:
             self._settle()
         if self._state.is_over:
@@ -241,6 +254,7 @@ class Session:
         self._loader.close()
         self._meter.close()
         self._update.close()
+        self._groups.close()
         self._history.journal.close()
 
     def __enter__(self) -> Session:
@@ -278,6 +292,7 @@ class Session:
         )
         self._meter.begin_step(measure=measured)
         self._update.begin_step()
+        self._groups.begin_step(measure=measured)
         self._replica.begin_step(again=repeats)
         return self._step
 
@@ -316,6 +331,7 @@ class Session:
     def _settle(self) -> None:
         """Collective. Exchange what waits, before what needs the controller to know all."""
         self._hear(self._exchange.settle(stop=self._stop_reason is not None))
+        self._groups.settle()
 
     def _hear(self, heard: Announcement) -> None:
         self._asked = self._asked.or_else(heard)

@@ -73,6 +73,10 @@ class MeasureSection(Section):
         "longer, and only layers that are known can be read); or module:factory",
     )
     every_steps: int = Field(default=1, ge=1, description="[steps] from one measured step to the next")
+    groups: Literal["none", "layers", "parameter_groups"] = Field(
+        default="none",
+        description="[name] also write the noise scale of each layer, or of each of the optimizer's parameter groups",
+    )
     leave_out: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
         description="[list of module paths] estimator per_example: what lies in these modules is trained and not "

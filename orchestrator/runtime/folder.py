@@ -20,6 +20,7 @@ from orchestrator.errors import RunFolderError, StorageError
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 EVENTS = "events.jsonl"
+GROUPS = "groups.jsonl"
 LEDGER = "ledger.jsonl"
 CONFIG = "config.yaml"
 STOP_REQUEST = "stop.request"

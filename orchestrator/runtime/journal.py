@@ -16,8 +16,10 @@ from typing import Any, final
 from torch import nn
 
 from orchestrator.config import RunConfig
-from orchestrator.core import codec, noise
+from orchestrator.core import codec, groups, noise
 from orchestrator.core.controller import Rules
+from orchestrator.core.groups import GroupSums
+from orchestrator.core.noise import NoiseState
 from orchestrator.errors import StorageError
 from orchestrator.ports import Welcome
 from orchestrator.runtime import folder
@@ -53,6 +55,7 @@ class Journal:
         self._dataset_size = dataset_size
         self._noise = noise.init(rules.noise)
         self._stats: NoiseStats | None = None
+        self._groups: dict[str, NoiseState] = {}
         self._outlook = Outlook()
         self._writer: RunWriter | None = None
         self._board: ScalarBoard | None = None
@@ -69,12 +72,17 @@ class Journal:
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the lines after it go on as if there had been no break."""
-        return {"noise": codec.encode(self._noise), "noise_stats": codec.encode(self._stats)}
+        return {
+            "noise": codec.encode(self._noise),
+            "noise_stats": codec.encode(self._stats),
+            "groups": codec.encode(tuple(self._groups.items())),
+        }
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what ``memory`` did not give."""
         self._noise = codec.decode(memory["noise"], STATE_TYPES)
         self._stats = codec.decode(memory["noise_stats"], STATE_TYPES)
+        self._groups = dict(codec.decode(memory.get("groups", []), STATE_TYPES))  # none before they were there
 
     def steps(self, finished: Sequence[FinishedStep]) -> None:
         """A line for each step."""
@@ -159,6 +167,19 @@ class Journal:
             lr_factor=applied.lr_factor,
             predicted_step_time_s=self._outlook.expect(plan),
         )
+
+    def group_steps(self, steps: Sequence[tuple[GroupSums, bool]], names: Sequence[str]) -> None:
+        """Take in steps by group, and write a line for each that ``decides``: its second part."""
+        for sums, decides in steps if self._writer is not None else ():
+            self._groups = groups.absorb(self._groups, sums, self._rules.noise, names=names)
+            if not decides:
+                continue
+            found = {name: noise.stats(state, self._rules.noise) for name, state in self._groups.items()}
+            entries = {name: groups.entry(stats) for name, stats in found.items()}
+            self._append(folder.GROUPS, {"step": sums.step, "samples_seen": sums.samples_seen, "groups": entries})
+            if self._board is not None:
+                noise_scales = {name: stats.noise_scale for name, stats in found.items()}
+                self._board.add_groups(noise_scales, samples_seen=sums.samples_seen)
 
     def evaluation(self, metrics: Mapping[str, float], *, step: int, samples_seen: int) -> None:
         self._append(folder.EVALS, {"step": step, "samples_seen": samples_seen, **metrics})

@@ -7,9 +7,9 @@ built, and weights, buffers and gradients are afterwards what they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
-from orchestrator.core import noise
+from orchestrator.core import groups, noise
 from orchestrator.core.cursor import Stream
+from orchestrator.core.groups import GroupSums
 from orchestrator.core.lr_rules import RuleSettings
-from orchestrator.core.noise import moments_from_sums
+from orchestrator.core.noise import NoiseState, moments_from_sums
 from orchestrator.core.policies import PolicySettings
 from orchestrator.core.probing import Advice, ProbePlan, advise, fewest_samples, plan_probe
 from orchestrator.errors import ConfigError, NonFiniteError, Problem, SessionError
 from orchestrator.measure.estimators import find_estimator
+from orchestrator.measure.groups import GroupMeter, layers
 from orchestrator.runtime.checkpoints import Fault, load_weights
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
@@ -49,15 +51,19 @@ class Probe:
     dataset_size: int  # samples
     device: str
     advice: Advice
+    layers: Mapping[str, NoiseStats] = field(default_factory=dict)  # by module path, where asked for
     checkpoint: str | None = None  # where the weights come from; None: the seeded model of the task
     passed_over: tuple[Fault, ...] = ()  # newer checkpoints that are not whole
 
 
-def probe(config: RunConfig, *, checkpoint: Path | None = None, samples: int | None = None) -> Probe:
+def probe(
+    config: RunConfig, *, checkpoint: Path | None = None, samples: int | None = None, by_layer: bool = True
+) -> Probe:
     """Measure the config's model on this process: seeded as a run begins, or with the weights of ``checkpoint``.
 
     ``checkpoint`` is a checkpoint's folder or a run's; ``samples`` is at most the data set, and 4096 or the data set
-    when left out. Raises a ``GroundswellError`` for what cannot be measured.
+    when left out; ``by_layer`` measures each module's own parameters besides. Raises a ``GroundswellError`` for what
+    cannot be measured.
     """
     torch.set_num_threads(config.workers.threads)
     task = build_task(config.task.name, config.task.options, seed=config.run.seed)
@@ -65,19 +71,27 @@ def probe(config: RunConfig, *, checkpoint: Path | None = None, samples: int | N
     model = task.model()
     check_task(task, model)
     path, faults = (None, ()) if checkpoint is None else load_weights(checkpoint, model)
-    found = measure(config, task=task, model=model, device=local_worker(config).device, samples=samples)
+    device = local_worker(config).device
+    found = measure(config, task=task, model=model, device=device, samples=samples, by_layer=by_layer)
     return replace(found, checkpoint=None if path is None else str(path), passed_over=faults)
 
 
 def measure(
-    config: RunConfig, *, task: Task, model: nn.Module, device: torch.device, samples: int | None = None
+    config: RunConfig,
+    *,
+    task: Task,
+    model: nn.Module,
+    device: torch.device,
+    samples: int | None = None,
+    by_layer: bool = True,
 ) -> Probe:
     """The same for a model in memory, which is moved to ``device`` and keeps its mode."""
     size = len(task.train_set)
     plan = _plan(config, samples=samples, dataset_size=size)
-    stats, loss = _read(config, plan, task=task, model=model.to(device), device=device)
+    stats, of_layers, loss = _read(config, plan, task=task, model=model.to(device), device=device, by_layer=by_layer)
     return Probe(
         stats=stats,
+        layers=of_layers,
         plan=plan,
         loss=loss,
         dataset_size=size,
@@ -109,14 +123,17 @@ def _plan(config: RunConfig, *, samples: int | None, dataset_size: int) -> Probe
 
 
 def _read(
-    config: RunConfig, plan: ProbePlan, *, task: Task, model: nn.Module, device: torch.device
-) -> tuple[NoiseStats, float]:
-    """The statistics and the mean loss."""
+    config: RunConfig, plan: ProbePlan, *, task: Task, model: nn.Module, device: torch.device, by_layer: bool
+) -> tuple[NoiseStats, dict[str, NoiseStats], float]:
+    """The statistics, those of each layer, and the mean loss."""
     seed, data = config.run.seed, config.data
     settings = plan.noise_settings(confidence=config.controller.confidence)
     state, position, loss_sum = noise.init(settings), 0, 0.0
     estimator = find_estimator(config.measure.estimator)
-    meter = estimator.build(model, [p for p in model.parameters() if p.requires_grad], config.measure)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    meter = estimator.build(model, trained, config.measure)
+    layer_meter = GroupMeter(layers(model, trained) if by_layer else {})
+    of_layers: dict[str, NoiseState] = {}
     loader = PositionLoader(
         task.train_set,
         collate_of(task),
@@ -134,12 +151,14 @@ def _read(
         for number, count in enumerate(plan.groups):
             with _left_as_found(model):
                 meter.begin_step(measure=True)
+                layer_meter.begin_step(measure=True)
                 for first in range(position, position + count * size, size):
                     batch = move(loader.take(first, size), device, non_blocking=True)
                     randomness.begin(first)
                     loss = _backward(config, task, model, batch, count=count, device=device)
                     meter.end_micro_batch(size=size, loss=loss, loss_scale=1 / count)
-                reading = meter.read()
+                    layer_meter.end_micro_batch(size=size, loss_scale=1 / count)
+                reading, by_group = meter.read(), layer_meter.read()
             group = count * size
             if not (reading.grad_is_finite and math.isfinite(reading.weighted_sq_sum)):
                 raise NonFiniteError(
@@ -169,11 +188,23 @@ def _read(
                 trace_cov=found[1],
             )
             state = noise.absorb(state, sample, settings)
+            sums = GroupSums(
+                step=number,
+                samples_seen=position,
+                batch=group,
+                micro_batches=count,
+                lr=0.0,
+                weighted_sq_sums=by_group.weighted_sq_sum.tolist(),
+                mean_grad_sqs=by_group.mean_grad_sq.tolist(),
+            )
+            of_layers = groups.absorb(of_layers, sums, settings, names=layer_meter.names)
     finally:
         randomness.end()
         meter.close()
+        layer_meter.close()
         loader.close()
-    return noise.stats(state, settings), loss_sum / position
+    found_of_layers = {name: noise.stats(averages, settings) for name, averages in of_layers.items()}
+    return noise.stats(state, settings), found_of_layers, loss_sum / position
 
 
 def _backward(

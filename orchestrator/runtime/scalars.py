@@ -30,5 +30,10 @@ class ScalarBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(f"evaluation/{name}", value, samples_seen)
 
+    def add_groups(self, noise_scales: Mapping[str, float | None], *, samples_seen: int) -> None:
+        for name, noise_scale in noise_scales.items():
+            if noise_scale is not None:
+                self._writer.add_scalar(f"noise_scale/{name}", noise_scale, samples_seen)
+
     def close(self) -> None:
         self._writer.close()

@@ -76,3 +76,18 @@ def test_help_names_the_options() -> None:
     assert done.exit_code == 0
     for word in ("--checkpoint DIR", "--samples N", "--set KEY=VALUE", "without training it", "too noisy"):
         assert word in done.output
+
+
+def test_layers_are_shown_below_the_whole_unless_switched_off(tmp_path: Path) -> None:
+    done = call(tmp_path)
+    found = probe(load_config(tmp_path / "given.yaml"))
+    assert found.layers
+    for name, stats in found.layers.items():
+        assert re.search(
+            rf"^  {re.escape(name)} +{stats.noise_scale:.4g} samples .*{stats.verdict.value}", done.output, re.M
+        )
+    without = call(tmp_path, "--groups", "none")
+    assert without.exit_code == 0
+    assert "By layer" in done.output
+    assert "By layer" not in without.output
+    assert [line for line in without.output.splitlines() if line not in done.output] == []

@@ -69,6 +69,17 @@ def test_the_interval_covers_the_closed_form(tmp_path: Path) -> None:
     assert covered >= 18
 
 
+def test_the_only_layer_reads_as_the_whole_and_measuring_it_changes_nothing_else(tmp_path: Path) -> None:
+    task = Regression(0)
+    found = measure(settings(tmp_path), task=task, model=task.model(), device=CPU)
+    ((name, layer),) = found.layers.items()
+    assert (name, layer.verdict) == ("1", found.stats.verdict)
+    for key in ("noise_scale", "low", "high", "grad_sq", "trace_cov"):
+        assert getattr(layer, key) == pytest.approx(getattr(found.stats, key), rel=1e-5)
+    without = measure(settings(tmp_path), task=task, model=task.model(), device=CPU, by_layer=False)
+    assert (without.stats, without.loss, without.layers) == (found.stats, found.loss, {})
+
+
 @pytest.mark.parametrize("samples", [4096, 1000])
 def test_the_model_is_afterwards_what_it_was(tmp_path: Path, samples: int) -> None:
     task = Regression(0, inside=nn.Sequential(nn.BatchNorm1d(DIM), nn.Dropout(0.2)))

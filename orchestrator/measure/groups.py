@@ -1,0 +1,117 @@
+"""Squared norms of every micro-batch's gradient by group of parameters: of layers, or of the optimizer's groups.
+
+What ``GradMeter`` reads as one number, this reads as one for each group, with hooks that know their parameter. It is
+there on request, beside the other meter: a norm for each parameter and micro-batch is what it costs. Nothing waits for
+the device; the readings stay there until somebody needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+_OWN = "(model)"  # parameters that the outermost module owns itself
+_ELSEWHERE = "(not in the model)"
+_MOST_ORDERS = 8
+
+
+def layers(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    """``parameters`` by the path of the module that owns them; a shared one belongs to the first that does."""
+    paths = {id(p): name.rpartition(".")[0] or _OWN for name, p in model.named_parameters()}
+    found: dict[str, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(paths.get(id(parameter), _ELSEWHERE), []).append(parameter)
+    return found
+
+
+def parameter_groups(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Parameter]]:
+    """The optimizer's trained parameters by its groups, called by their ``name`` if they have one, else by number."""
+    names = [str(group.get("name", number)) for number, group in enumerate(optimizer.param_groups)]
+    return {
+        name if names.count(name) == 1 else f"{name} ({number})": [p for p in group["params"] if p.requires_grad]
+        for number, (name, group) in enumerate(zip(names, optimizer.param_groups, strict=True))
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupReading:
+    """One step as one rank sees it: shape [groups], float64, on the parameters' device.
+
+    ``mean_grad_sq`` is read from ``.grad``: after the all-reduce, all ranks see the same.
+    """
+
+    weighted_sq_sum: Tensor  # sum of b_i |g_i|^2 over this rank's micro-batches
+    mean_grad_sq: Tensor  # |mean gradient|^2
+
+
+@final
+class GroupMeter:
+    """Reads one step's sums: ``begin_step`` | (backward | ``end_micro_batch``)* | ``read``.
+
+    ``groups`` share out parameters by name. Those without a gradient count as zero.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self.names = tuple(groups)
+        self._parameters = [(p, number) for number, members in enumerate(groups.values()) for p in members]
+        self._device = self._parameters[0][0].device if self._parameters else torch.device("cpu")
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._seen: list[tuple[int, Tensor]] = []  # group and square, of the micro-batch at hand
+        self._sum = self._zeros()
+        self._indices: dict[tuple[int, ...], Tensor] = {}  # most passes see their parameters in the same order
+
+    def begin_step(self, *, measure: bool) -> None:
+        """Forget the last step. Hooks are attached only while steps are measured."""
+        self._seen.clear()
+        self._sum = self._zeros()
+        if measure and not self._handles:
+            self._handles = [p.register_hook(partial(self._see, group=group)) for p, group in self._parameters]
+        elif not measure and self._handles:
+            self.close()
+
+    def end_micro_batch(self, *, size: int, loss_scale: float) -> None:
+        """Take in what the hooks saw of ``size`` samples whose mean loss was times ``loss_scale`` in backward."""
+        self._sum = self._sum + self._by_group(self._seen) * (size / loss_scale**2)
+        self._seen.clear()
+
+    def read(self, *, grad_scale: float = 1.0) -> GroupReading:
+        """Without a host synchronisation. ``grad_scale`` is what ``.grad`` is multiplied by (an AMP scaler)."""
+        with_gradient = [(group, p.grad) for p, group in self._parameters if p.grad is not None]
+        mean = self._by_group([(group, _square(gradient)) for group, gradient in with_gradient]) / grad_scale**2
+        return GroupReading(weighted_sq_sum=self._sum, mean_grad_sq=mean)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._seen.clear()
+
+    def _see(self, gradient: Tensor, *, group: int) -> None:
+        self._seen.append((group, _square(gradient)))
+
+    def _by_group(self, squares: list[tuple[int, Tensor]]) -> Tensor:
+        """Their sums by group: shape [groups]."""
+        if not squares:
+            return self._zeros()
+        order = tuple(group for group, _ in squares)
+        if order not in self._indices:
+            if len(self._indices) >= _MOST_ORDERS:
+                self._indices.clear()
+            self._indices[order] = torch.tensor(order, device=self._device)
+        stacked = torch.stack([square.to(self._device) for _, square in squares])
+        return self._zeros().index_add_(0, self._indices[order], stacked)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """|gradient|^2 in float64, 0-D, on the gradient's device."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
