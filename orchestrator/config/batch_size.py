@@ -4,26 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from orchestrator.config.section import Broken, Section, default_of, name_of, refuse
 
-MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test")  # these follow the noise scale
 ESTIMATORS = ("micro_batch", "per_example")
+MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test", "goodput")  # these follow the noise scale
 POLICIES = ("fixed", "schedule", "decay_to_growth", *MEASURED_POLICIES)
 
-# The keys without which a policy cannot be, and which no other built-in one uses: its policy, and what is usual.
-_NEEDED: Mapping[str, tuple[str, str]] = {
-    "ramp": ("schedule", "write ramp: [[20000, 64], [40000, 128]], samples seen and batch"),
-    "exchange_rate": (
-        "tradeoff",
-        "write exchange_rate: 1000, the samples that one saved step is worth; of a step that takes "
-        "t0 + t1 x batch seconds it is t0 / t1",
-    ),
-    "theta": ("norm_test", "write theta: 0.5, the largest part of the gradient's norm that may be noise"),
+# The keys that one built-in policy uses and no other: their policy.
+_OWNERS: Mapping[str, str] = {
+    "ramp": "schedule",
+    "exchange_rate": "tradeoff",
+    "price_per_worker_hour": "tradeoff",
+    "price_per_sample": "tradeoff",
+    "theta": "norm_test",
+    "objective": "goodput",
 }
+# Those of them without which the policy cannot be, and what is usual.
+_NEEDED: Mapping[str, str] = {
+    "ramp": "write ramp: [[20000, 64], [40000, 128]], samples seen and batch",
+    "theta": "write theta: 0.5, the largest part of the gradient's norm that may be noise",
+}
+
+
+def _objective(value: Any) -> Any:
+    """Refuses here what is neither, since an error of a union would name its branches and not the key."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value in ("time", "cost") or (is_number and 0 <= value <= 1):
+        return value
+    fix = "did you mean cost?" if str(value).lower() in ("costs", "money", "price") else "write time for a short run"
+    rule = "must be time, cost, or a number from 0 (time) to 1 (cost)"
+    refuse([Broken(keys=(), value=value, rule=rule, fix=fix)])
+    return value
 
 
 class BatchSection(Section):
@@ -103,7 +118,8 @@ class ControllerSection(Section):
     policy: Annotated[str, AfterValidator(name_of(POLICIES, "a policy"))] = Field(
         default="noise_scale",
         description="[name] fixed, schedule (the ramp), decay_to_growth (the batch grows where the LR schedule would "
-        "decay), noise_scale, tradeoff (steps against samples), norm_test, or module:attribute",
+        "decay), noise_scale, tradeoff (steps against samples), norm_test, goodput (samples a second x what they are "
+        "worth), or module:attribute",
     )
     every_samples: int = Field(default=1024, ge=1, description="[samples] between two decisions")
     lag_steps: int = Field(
@@ -127,7 +143,24 @@ class ControllerSection(Section):
         default_factory=default_of({}),
         gt=0,
         description="[samples per step] policy tradeoff: how many samples one saved step is worth; target batch = "
-        "root of exchange_rate x noise scale",
+        "root of exchange_rate x noise scale; left out: what the run's own step times say",
+    )
+    price_per_worker_hour: float | None = Field(
+        default_factory=default_of({}),
+        gt=0,
+        description="[money per worker and hour] policy tradeoff without exchange_rate: the cheapest run is wanted; "
+        "goes with price_per_sample",
+    )
+    price_per_sample: float | None = Field(
+        default_factory=default_of({}),
+        ge=0,
+        description="[money per sample] policy tradeoff without exchange_rate: what a sample costs besides its "
+        "computing, as a label or a simulation",
+    )
+    objective: Annotated[str | float, BeforeValidator(_objective)] | None = Field(
+        default_factory=lambda given: "time" if given.get("policy") == "goodput" else None,
+        description="[name or fraction] policy goodput: time for the shortest run, cost for the fewest worker-hours, "
+        "or a number from 0 (time) to 1 (cost) between them",
     )
     theta: float | None = Field(
         default_factory=default_of({}),
@@ -151,11 +184,11 @@ class ControllerSection(Section):
     def _rules(self) -> ControllerSection:
         broken = []
         ramp = self.ramp or ()
-        for key, (owner, usual) in _NEEDED.items():
+        for key, owner in _OWNERS.items():
             value = getattr(self, key)
-            if self.policy == owner and not value:
+            if self.policy == owner and key in _NEEDED and not value:
                 rule = f"policy {owner} needs it"
-                broken.append(Broken(keys=(key, "policy"), value=value, rule=rule, fix=usual))
+                broken.append(Broken(keys=(key, "policy"), value=value, rule=rule, fix=_NEEDED[key]))
             elif self.policy in POLICIES and self.policy != owner and value is not None:
                 rule, fix = f"policy {self.policy} does not use it", f"remove it, or write policy: {owner}"
                 broken.append(Broken(keys=(key, "policy"), value=value, rule=rule, fix=fix))
@@ -164,6 +197,7 @@ class ControllerSection(Section):
             rule = f"policy {self.policy} does not use it"
             fix = f"remove it{f' and set {own}' if own else ''}, or write policy: noise_scale"
             broken.append(Broken(keys=("kappa", "policy"), value=self.kappa, rule=rule, fix=fix))
+        broken += self._price_rules()
         if any(a[0] >= b[0] for a, b in pairwise(ramp)):
             rule = "the ramp's samples must rise from one entry to the next"
             broken.append(Broken(keys=("ramp",), value=self.ramp, rule=rule, fix="put its entries in order"))
@@ -172,3 +206,24 @@ class ControllerSection(Section):
             broken.append(Broken(keys=("ramp", "shrink"), value=self.ramp, rule=rule, fix="write shrink: true"))
         refuse(broken)
         return self
+
+    def _price_rules(self) -> list[Broken]:
+        if self.policy in POLICIES and self.policy != "tradeoff":
+            return []  # refused already
+        hour, sample = self.price_per_worker_hour, self.price_per_sample
+        if self.exchange_rate is not None and self.policy == "tradeoff":
+            given = [key for key in ("price_per_worker_hour", "price_per_sample") if getattr(self, key) is not None]
+            rule, fix = "exchange_rate is given as well, and says the same", "remove one of them"
+            return [Broken(keys=(key, "exchange_rate"), value=getattr(self, key), rule=rule, fix=fix) for key in given]
+        if (hour is None) == (sample is None):
+            return []
+        key, other = ("price_per_sample", "price_per_worker_hour")[:: 1 if hour is None else -1]
+        rule = f"only the ratio of the two prices counts, and {other} is missing"
+        return [Broken(keys=(key, other), value=getattr(self, key), rule=rule, fix=f"give {other} as well")]
+
+    @property
+    def cost_weight(self) -> float:
+        """``objective`` as a number: 0 for time, 1 for cost."""
+        if isinstance(self.objective, str):
+            return {"time": 0.0, "cost": 1.0}[self.objective]
+        return self.objective or 0.0

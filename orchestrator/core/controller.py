@@ -2,22 +2,23 @@
 
 The target batch is a function of the measured data alone. A decision is taken whenever the samples seen pass a
 multiple of ``every_samples`` and takes effect ``lag_steps`` later, so that an answer that travels arrives in time
-and every runtime decides alike. Only the number of workers asked for may depend on a clock.
+and every runtime decides alike. On a clock may depend the workers asked for, and what ``policies.sees_clock`` declares.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-from orchestrator.core import guard, noise, throughput
+from orchestrator.core import guard, noise, staffing, throughput
+from orchestrator.core.goodput import Goodput
 from orchestrator.core.guard import GuardState
 from orchestrator.core.lr_rules import Rule
 from orchestrator.core.noise import NoiseSettings, NoiseState
-from orchestrator.core.planner import WorkerLimits, make_plan, useful_workers
+from orchestrator.core.planner import WorkerLimits, make_plan
 from orchestrator.core.policy_inputs import Policy, PolicyInputs
 from orchestrator.core.schedules import Schedule
-from orchestrator.core.throughput import StepTimes
+from orchestrator.core.staffing import Need, ResizeWhen
+from orchestrator.core.throughput import StepTimes, Timings
 from orchestrator.types import (
     Action,
     ApplyPlan,
@@ -35,8 +36,6 @@ from orchestrator.types import (
     WorkersChanged,
     assert_never,
 )
-
-ResizeWhen = Literal["saves_time", "always", "never"]
 
 # A learning rate that changes by more than this from one decision to the next leaves the noise scale to settle anew:
 # its stationary value goes as batch / LR (McCandlish et al. 2018, arXiv:1812.06162, appendix C). Less is a schedule
@@ -62,6 +61,8 @@ class Rules:
     workers: WorkerLimits
     resize_when: ResizeWhen
     resize_cost_s: float  # taken until a resize has been measured
+    sees_clock: bool = False  # whether the policy is declared time-dependent, and may be shown the step times
+    goodput: Goodput | None = None  # what chooses the workers, where it is known better than by micro-batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,7 @@ class ControllerState:
     loss_samples: int = 0
     peak_lr_fraction: float = 0.0  # the schedule's highest value at a step so far
     times: StepTimes = field(default_factory=StepTimes)
+    timings: Timings = field(default_factory=Timings)  # kept for time-dependent policies alone
     max_micro_batch: int | None = None  # after memory ran out
     resize_cost_s: float | None = None  # as last measured
     requested_workers: int | None = None
@@ -122,7 +124,8 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
         case PlanRejected(max_micro_batch=limit):
             if state.max_micro_batch is not None:
                 limit = min(limit, state.max_micro_batch)
-            state = replace(state, max_micro_batch=limit, times=StepTimes(), generation=state.generation + 1)
+            times, timings = StepTimes(), Timings()  # another micro-batch has other step times
+            state = replace(state, max_micro_batch=limit, times=times, timings=timings, generation=state.generation + 1)
             reason = f"out of memory: micro-batches of at most {limit} from now on, the batch stays"
             return state, _apply_now(state, rules, reason)
         case Preempted(why=why):
@@ -179,10 +182,13 @@ def _measured(state: ControllerState, event: GradMeasured, rules: Rules) -> tupl
 
 
 def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> ControllerState:
-    sample, times = event.sample, state.times
+    sample, times, timings = event.sample, state.times, state.timings
     if event.step_time_s is not None and sample.batch == state.target.batch:
-        accum_steps = plan_for(state, state.target, rules).accum_steps
-        times = throughput.absorb(times, event.step_time_s, accum_steps=accum_steps)
+        plan = plan_for(state, state.target, rules)
+        times = throughput.absorb(times, event.step_time_s, accum_steps=plan.accum_steps)
+        if rules.sees_clock:
+            busiest = min(plan.batch, plan.accum_steps * plan.micro_batch)
+            timings = throughput.note(timings, event.step_time_s, workers=plan.world_size, busiest_samples=busiest)
     state = replace(
         state,
         step=sample.step,
@@ -192,6 +198,7 @@ def _absorb(state: ControllerState, event: GradMeasured, rules: Rules) -> Contro
         loss_samples=state.loss_samples + sample.batch,
         peak_lr_fraction=max(state.peak_lr_fraction, rules.schedule(state.samples_seen)),
         times=times,
+        timings=timings,
     )
     return with_due_target(state)
 
@@ -235,6 +242,8 @@ def decide(
             credit=guard.credit(watched),
             lr_fraction=lr_fraction,
             peak_lr_fraction=max(state.peak_lr_fraction, lr_fraction),
+            workers=state.world_size,
+            steps=throughput.fit(state.timings) if rules.sees_clock else None,
         )
     )
     if decision.target_batch == state.target.batch:
@@ -256,35 +265,21 @@ def _jumped(before: float | None, now: float) -> bool:
 
 
 def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerState, RequestWorkers | None]:
-    if rules.resize_when == "never" or state.pending is not None:
+    if state.pending is not None:
         return state, None
-    plan = plan_for(state, state.target, rules)
-    # The configured micro-batch, not the plan's: a small batch that was cut only to be measured needs no more workers.
-    wanted = useful_workers(state.target.batch, micro_batch=_micro_batch(state, rules), limits=rules.workers)
-    asked = state.world_size if state.requested_workers is None else state.requested_workers
-    if wanted == asked:
+    need = Need(
+        plan=plan_for(state, state.target, rules),
+        micro_batch=_micro_batch(state, rules),
+        asked=state.requested_workers or state.world_size,
+        remaining_samples=rules.total_samples - state.samples_seen,
+        times=state.times,
+        resize_cost_s=rules.resize_cost_s if state.resize_cost_s is None else state.resize_cost_s,
+        limits=rules.workers,
+        when=rules.resize_when,
+    )
+    if (wanted := staffing.request(need, goodput=rules.goodput, timings=state.timings)) is None:
         return state, None
-    if wanted < asked:
-        # Giving workers back saves no time, so it waits until some would have nothing to do.
-        if plan.num_micro_batches >= asked:
-            return state, None
-        reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches, too few for {asked} workers"
-        return replace(state, requested_workers=wanted), RequestWorkers(num_workers=wanted, reason=reason)
-    then = -(-plan.num_micro_batches // wanted)
-    reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches: {wanted} workers take {then} each"
-    if rules.resize_when == "saves_time":
-        cost = rules.resize_cost_s if state.resize_cost_s is None else state.resize_cost_s
-        saving = throughput.predicted_saving_s(
-            state.times,
-            remaining_samples=rules.total_samples - state.samples_seen,
-            batch=plan.batch,
-            accum_now=plan.accum_steps,
-            accum_then=then,
-        )
-        if saving is None or saving <= cost:
-            return state, None
-        reason += f", saving about {saving:.1f} s for a resize of about {cost:.1f} s"
-    return replace(state, requested_workers=wanted), RequestWorkers(num_workers=wanted, reason=reason)
+    return replace(state, requested_workers=wanted.num_workers), wanted
 
 
 def _micro_batch(state: ControllerState, rules: Rules) -> int:

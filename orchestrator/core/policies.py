@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from orchestrator.core import preferences
+from orchestrator.core.goodput import Goodput
+from orchestrator.core.planner import WorkerLimits
 from orchestrator.core.policy_inputs import LARGEST, Policy, PolicyInputs, keep, whole
-from orchestrator.core.preferences import Preference
+from orchestrator.core.preferences import Preferred, always
 from orchestrator.core.restraints import (
     with_cooldown,
     with_credit,
@@ -31,10 +34,15 @@ class PolicySettings:
 
     name: str
     kappa: float = 1.0  # noise_scale, and what is imported: target = kappa x noise scale
-    exchange_rate: float | None = None  # tradeoff: samples that one saved step is worth
+    exchange_rate: float | None = None  # tradeoff: samples that one saved step is worth; None: by the step times
+    price_per_worker_hour: float | None = None  # tradeoff by the step times
+    price_per_sample: float | None = None  # in the same money
+    cost_weight: float = 0.0  # goodput: 0 time to 1 cost
+    workers: WorkerLimits | None = None  # goodput: the fleets to choose from; None: the one there is
     theta: float | None = None  # norm_test: the noise over the gradient's norm that is let pass
     ramp: tuple[tuple[int, int], ...] = ()  # (samples seen, batch)
-    base_batch: int = 1  # samples; decay_to_growth: the batch that the LR and its schedule are meant for
+    base_batch: int = 1  # samples; that the LR and its schedule are meant for
+    micro_batch: int = 1  # samples; goodput: one worker's least share of a batch
     deadband: float = 1.5  # ratio
     cooldown_samples: int = 0
     max_growth: float = 2.0  # ratio, per decision
@@ -89,18 +97,19 @@ def decay_to_growth(settings: PolicySettings) -> Policy:
     return propose
 
 
-def follow(preference: Preference) -> Policy:
+def follow(preferred: Preferred) -> Policy:
     """The batch preferred at the measured noise scale, where the interval allows a decision.
 
     Grows only when even the low end of the interval asks for more than the present batch, shrinks only when even the
     high end asks for less: a controller that cannot tell holds.
     """
-    batch_at = preference.batch_at
 
     def propose(inputs: PolicyInputs) -> Decision:
         stats = inputs.stats
         if not stats.bounded or stats.noise_scale is None or stats.low is None or stats.high is None:
             return keep(inputs, _no_signal(stats))
+        preference = preferred(inputs)
+        batch_at = preference.batch_at
         seen = f"noise scale {stats.noise_scale:.4g} [{stats.low:.4g}, {stats.high:.4g}]{preference.words}"
         wish = max(1, whole(batch_at(stats.noise_scale)))
         if wish > inputs.batch and batch_at(stats.low) <= inputs.batch:
@@ -112,36 +121,46 @@ def follow(preference: Preference) -> Policy:
     return propose
 
 
+def _tradeoff(settings: PolicySettings) -> Preferred:
+    if settings.exchange_rate is None:
+        return preferences.timed_tradeoff(settings.price_per_worker_hour, settings.price_per_sample)
+    return always(preferences.tradeoff(settings.exchange_rate))
+
+
 # What each policy that follows the noise scale makes of it.
-PREFERENCES: Mapping[str, Callable[[PolicySettings], Preference]] = {
-    "noise_scale": lambda settings: preferences.proportional(settings.kappa),
-    "tradeoff": lambda settings: preferences.tradeoff(settings.exchange_rate),
-    "norm_test": lambda settings: preferences.norm_test(settings.theta),
+PREFERENCES: Mapping[str, Callable[[PolicySettings], Preferred]] = {
+    "noise_scale": lambda settings: always(preferences.proportional(settings.kappa)),
+    "tradeoff": _tradeoff,
+    "norm_test": lambda settings: always(preferences.norm_test(settings.theta)),
+    "goodput": lambda settings: goodput_of(settings).preferred(),
 }
 
 
-def noise_scale(settings: PolicySettings) -> Policy:
-    """``kappa`` x the noise scale."""
-    return follow(PREFERENCES["noise_scale"](settings))
+def _following(prefer: Callable[[PolicySettings], Preferred], settings: PolicySettings) -> Policy:
+    return follow(prefer(settings))
 
 
-def tradeoff(settings: PolicySettings) -> Policy:
-    """The root of ``exchange_rate`` x the noise scale: the best steps for the samples spent."""
-    return follow(PREFERENCES["tradeoff"](settings))
+def sees_clock(settings: PolicySettings) -> bool:
+    """Whether the policy is declared time-dependent: only such a policy is shown the run's own step times."""
+    return settings.name == "goodput" or (settings.name == "tradeoff" and settings.exchange_rate is None)
 
 
-def norm_test(settings: PolicySettings) -> Policy:
-    """The noise scale / ``theta`` squared: the gradient's noise is at most ``theta`` of its norm."""
-    return follow(PREFERENCES["norm_test"](settings))
+def goodput_of(settings: PolicySettings) -> Goodput:
+    return Goodput(
+        cost_weight=settings.cost_weight,
+        base_batch=settings.base_batch,
+        micro_batch=settings.micro_batch,
+        floor=settings.floor,
+        ceiling=settings.ceiling,
+        workers=settings.workers,
+    )
 
 
 POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
     "fixed": fixed,
     "schedule": schedule,
     "decay_to_growth": decay_to_growth,
-    "noise_scale": noise_scale,
-    "tradeoff": tradeoff,
-    "norm_test": norm_test,
+    **{name: partial(_following, prefer) for name, prefer in PREFERENCES.items()},
 }
 
 
@@ -164,7 +183,7 @@ def build_policy(settings: PolicySettings) -> Policy:
     if measured:
         # From the innermost out: what the evidence supports, then how fast, then whether it is worth a change.
         prefer = PREFERENCES.get(settings.name, PREFERENCES["noise_scale"])
-        policy = with_credit(policy, batch_at=prefer(settings).batch_at)
+        policy = with_credit(policy, preferred=prefer(settings))
         policy = with_growth_cap(policy, max_growth=settings.max_growth)
     if not settings.shrink:
         policy = without_shrinking(policy)

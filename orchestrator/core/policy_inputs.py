@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from orchestrator.core.throughput import StepModel
 from orchestrator.types import Decision, NoiseStats
 
 LARGEST = 1 << 62  # [samples] beyond any batch
@@ -21,6 +22,8 @@ class PolicyInputs:
     credit: float | None = None
     lr_fraction: float = 1.0  # the LR schedule's factor for the next step
     peak_lr_fraction: float = 1.0  # its highest so far
+    workers: int = 1  # that there are now
+    steps: StepModel | None = None  # for time-dependent policies alone: what a step costs, once that can be told
 
 
 Policy = Callable[[PolicyInputs], Decision]

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from orchestrator.core.policy_inputs import PolicyInputs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
@@ -23,6 +25,14 @@ class Preference:
     words: str = ""
 
 
+# The preference of the moment: what else is known may decide which one it is.
+Preferred = Callable[[PolicyInputs], Preference]
+
+
+def always(preference: Preference) -> Preferred:
+    return lambda inputs: preference
+
+
 def proportional(kappa: float = 1.0) -> Preference:
     """``kappa`` x B_simple (McCandlish et al. 2018, arXiv:1812.06162).
 
@@ -32,7 +42,7 @@ def proportional(kappa: float = 1.0) -> Preference:
     return Preference(batch_at=lambda scale: kappa * scale, words="" if kappa == 1 else f" x {kappa:g}")
 
 
-def tradeoff(exchange_rate: float | None) -> Preference:
+def tradeoff(exchange_rate: float) -> Preference:
     """sqrt(r x B_simple), r the exchange rate [samples per step]: how many samples one saved step is worth.
 
     McCandlish et al. 2018, arXiv:1812.06162, appendix D.2, equation D.6. A step at batch B makes 1 / (1 + B_simple / B)
@@ -46,14 +56,70 @@ def tradeoff(exchange_rate: float | None) -> Preference:
     - From times: if a step takes t0 + t1 x B seconds, whatever the batch, the run is shortest at r = t0 / t1.
     - From prices: if a step takes t seconds at any batch (workers are added as it grows), a second costs p and a
       sample q, then r = p x t / q.
+    - From the run's own step times and, if given, prices: ``timed_tradeoff``.
 
-    Raises ``ValueError`` for an exchange rate that is missing or not a positive number.
+    Raises ``ValueError`` for an exchange rate that is not a positive number.
     """
     rate = _positive(exchange_rate, "exchange_rate", "tradeoff", "the samples that one saved step is worth, as 1000")
     # The root of each, since the product may be beyond floating point.
     return Preference(
-        batch_at=lambda scale: math.sqrt(rate) * math.sqrt(scale), words=f" at {rate:g} samples for a step"
+        batch_at=lambda scale: math.sqrt(rate) * math.sqrt(scale), words=f" at {rate:.6g} samples for a step"
     )
+
+
+def timed_tradeoff(price_per_worker_hour: float | None, price_per_sample: float | None) -> Preferred:
+    """``tradeoff`` at the exchange rate of the run's own step times: the shortest run of the workers there are.
+
+    A step of K workers takes t0 + t1 x B / K seconds while the batch grows on the same workers, so a saved step is
+    worth r = K t0 / t1 samples. The same batch is the cheapest where only worker-hours are paid, since K does not
+    change with it. Samples that cost something by themselves (labels, a simulator, a metered store) lower r: with
+    prices p of a worker-hour and q of a sample, a step costs p K (t0 + t1 x B / K) / 3600 + q B, and so
+    r = K t0 / (t1 + 3600 q / p). Only the ratio of the two prices counts, hence both are given, or neither.
+
+    Until t0 and t1 can be told apart (see ``throughput.fit``) the batch explores: see ``exploring``.
+
+    Raises ``ValueError`` for one price without the other, and for one that is out of range.
+    """
+    if (price_per_worker_hour is None) != (price_per_sample is None):
+        raise ValueError(
+            "controller.price_per_worker_hour and controller.price_per_sample go together: give both, or neither for "
+            "the shortest run"
+        )
+    sample_in_worker_s = 0.0
+    if price_per_worker_hour is not None and price_per_sample is not None:
+        hour = _positive(price_per_worker_hour, "price_per_worker_hour", "tradeoff", "what an hour of a worker costs")
+        if not 0 <= price_per_sample < math.inf:
+            raise ValueError(f"controller.price_per_sample must be a number not below 0, got {price_per_sample}")
+        sample_in_worker_s = 3600 * (price_per_sample / hour)
+
+    def preferred(inputs: PolicyInputs) -> Preference:
+        if inputs.steps is None:
+            return exploring()
+        once = inputs.steps.once(inputs.workers)
+        if once is None:
+            return untimed(inputs)
+        rate = inputs.workers * once / (inputs.steps.sample_s + sample_in_worker_s)
+        if rate > 0:
+            return tradeoff(rate)
+        return Preference(batch_at=lambda scale: 0.0, words=", but a larger batch saves no time")
+
+    return preferred
+
+
+def exploring() -> Preference:
+    """Growth as far as the noise scale, to learn from step times of another length what a step costs.
+
+    Up to the noise scale a sample of a larger batch is worth at least half a sample of the smallest. The restraints on
+    growth hold as ever, so that it is one growth by ``max_growth`` before the times are looked at again; where the
+    noise scale does not allow it, the batch holds and the times stay untold.
+    """
+    return Preference(batch_at=lambda scale: scale, words=", growing to learn what a step costs at another length")
+
+
+def untimed(inputs: PolicyInputs) -> Preference:
+    """The batch there is, until this many workers were timed."""
+    words = f"; steps of {inputs.workers} workers were not timed yet"
+    return Preference(batch_at=lambda scale: float(inputs.batch), words=words)
 
 
 def norm_test(theta: float | None) -> Preference:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.core.lr_rules import LR_RULES, RuleSettings
 from orchestrator.core.noise import NoiseSettings
-from orchestrator.core.policies import PREFERENCES, PolicySettings, follow
+from orchestrator.core.policies import PREFERENCES, PolicySettings, follow, sees_clock
 from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.core.restraints import with_limits
 from orchestrator.types import Decision, NoiseStats
 
 FEWEST_GROUPS = 20  # each is a block of the interval at first
 _FEWEST_EACH, _MOST_EACH = 2, 8  # micro-batches in a group
+_UNTIMED = {
+    "tradeoff": "controller.exchange_rate is missing, and a probe times no steps to derive it from",
+    "goodput": "it goes by the times of a run's own steps, and a probe has none",
+}
 _ALIKE = 1e6  # half-lives in units of all samples: the first weighs as the last to a millionth
 
 
@@ -107,6 +111,9 @@ def advise(
     factors: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
     for name, prefer in PREFERENCES.items():
+        if sees_clock(replace(settings, name=name)):
+            left_out[name] = _UNTIMED[name]
+            continue
         try:
             policy = with_limits(follow(prefer(settings)), floor=1, ceiling=settings.ceiling)
         except ValueError as error:

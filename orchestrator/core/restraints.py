@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from orchestrator.core.policy_inputs import Policy, PolicyInputs, keep, whole
+from orchestrator.core.preferences import Preferred
 from orchestrator.types import Decision
 
 
-def with_credit(inner: Policy, *, batch_at: Callable[[float], float]) -> Policy:
+def with_credit(inner: Policy, *, preferred: Preferred) -> Policy:
     """Growth no further than the batch at the credited noise scale: the guard against the ratchet (see ``guard``).
 
-    ``batch_at`` is that of the policy's own ``Preference``.
+    ``preferred`` is the policy's own.
     """
 
     def propose(inputs: PolicyInputs) -> Decision:
         wish = inner(inputs)
         if inputs.credit is None or wish.target_batch <= inputs.batch:
             return wish
-        most = max(inputs.batch, whole(batch_at(inputs.credit)))
+        most = max(inputs.batch, whole(preferred(inputs).batch_at(inputs.credit)))
         if wish.target_batch <= most:
             return wish
         why = f"only {inputs.credit:.4g} of it is credited, the rest rose with the batch and without progress"

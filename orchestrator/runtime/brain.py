@@ -41,6 +41,8 @@ STATE_TYPES: Mapping[str, type] = {
         controller.PendingTarget,
         Target,
         throughput.StepTimes,
+        throughput.Timings,
+        throughput.TimedLayout,
         noise.NoiseState,
         guard.GuardState,
         GradMeasured,

@@ -22,7 +22,6 @@ from orchestrator.core.cursor import Stream
 from orchestrator.core.groups import GroupSums
 from orchestrator.core.lr_rules import RuleSettings
 from orchestrator.core.noise import NoiseState, moments_from_sums
-from orchestrator.core.policies import PolicySettings
 from orchestrator.core.probing import Advice, ProbePlan, advise, fewest_samples, plan_probe
 from orchestrator.errors import ConfigError, NonFiniteError, Problem, SessionError
 from orchestrator.measure.estimators import find_estimator
@@ -32,6 +31,7 @@ from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
 from orchestrator.runtime.precision import precision
 from orchestrator.runtime.rng import SampleRandomness
+from orchestrator.runtime.rules import policy_settings
 from orchestrator.runtime.step import backward_seed, check_loss
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.worker import local_worker
@@ -244,17 +244,11 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
 
 
 def _advice(config: RunConfig, stats: NoiseStats, *, dataset_size: int) -> Advice:
-    control, rule = config.controller, config.lr_rule
+    rule = config.lr_rule
     return advise(
         stats,
         batch=config.batch.initial,
-        settings=PolicySettings(
-            name=control.policy,
-            kappa=control.kappa,
-            exchange_rate=control.exchange_rate,
-            theta=control.theta,
-            ceiling=min(config.batch.max, dataset_size),
-        ),
+        settings=policy_settings(config, dataset_size=dataset_size),
         own_rule=rule.name,
         rule_settings=RuleSettings(exponent=rule.exponent, peak_batch=rule.peak_batch, floor=rule.floor),
     )

@@ -9,7 +9,7 @@ from orchestrator.core.controller import Rules
 from orchestrator.core.lr_rules import Rule, build_rule
 from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.planner import WorkerLimits
-from orchestrator.core.policies import PolicySettings, build_policy
+from orchestrator.core.policies import PolicySettings, build_policy, goodput_of, sees_clock
 from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
 from orchestrator.errors import ConfigError, TaskError
 from orchestrator.measure.estimators import find_estimator
@@ -39,22 +39,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
             f"a sample twice; set batch.initial to {dataset_size} or less, or bring more data"
         )
     act = control.mode == "act"
-    policy = build_policy(
-        PolicySettings(
-            name=control.policy,
-            kappa=control.kappa,
-            exchange_rate=control.exchange_rate,
-            theta=control.theta,
-            ramp=tuple(control.ramp or ()),
-            base_batch=batch.initial,
-            deadband=control.deadband,
-            cooldown_samples=control.cooldown_samples,
-            max_growth=control.max_growth,
-            floor=min(batch.initial if batch.min is None else batch.min, dataset_size),
-            ceiling=min(batch.max, dataset_size),
-            shrink=control.shrink,
-        )
-    )
+    policy = policy_settings(config, dataset_size=dataset_size)
     total = total_samples(config, dataset_size=dataset_size)
     return Rules(
         total_samples=total,
@@ -65,16 +50,46 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         every_samples=control.every_samples,
         lag_steps=control.lag_steps,
         noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),
-        policy=policy,
+        policy=build_policy(policy),
         lr_rule=_lr_rule(config),
         schedule=_schedule(config, total=total),
-        workers=WorkerLimits(
-            minimum=config.workers.min,
-            maximum=config.workers.max,
-            micro_batches_each=config.workers.micro_batches_each,
-        ),
+        workers=_worker_limits(config),
         resize_when=config.workers.when,
         resize_cost_s=config.workers.resize_cost_s,
+        sees_clock=sees_clock(policy),
+        goodput=goodput_of(policy) if policy.name == "goodput" else None,
+    )
+
+
+def policy_settings(config: RunConfig, *, dataset_size: int) -> PolicySettings:
+    """The config's words on the target batch, its limits fitted to the data set."""
+    batch, control = config.batch, config.controller
+    return PolicySettings(
+        name=control.policy,
+        kappa=control.kappa,
+        exchange_rate=control.exchange_rate,
+        price_per_worker_hour=control.price_per_worker_hour,
+        price_per_sample=control.price_per_sample,
+        cost_weight=control.cost_weight,
+        workers=None if config.workers.when == "never" else _worker_limits(config),
+        theta=control.theta,
+        ramp=tuple(control.ramp or ()),
+        base_batch=batch.initial,
+        micro_batch=batch.micro_batch,
+        deadband=control.deadband,
+        cooldown_samples=control.cooldown_samples,
+        max_growth=control.max_growth,
+        floor=min(batch.min, dataset_size),
+        ceiling=min(batch.max, dataset_size),
+        shrink=control.shrink,
+    )
+
+
+def _worker_limits(config: RunConfig) -> WorkerLimits:
+    return WorkerLimits(
+        minimum=config.workers.min,
+        maximum=config.workers.max,
+        micro_batches_each=config.workers.micro_batches_each,
     )
 
 

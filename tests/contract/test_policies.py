@@ -5,15 +5,22 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from orchestrator.core.policies import PLANNED, POLICIES, PREFERENCES, PolicySettings, build_policy
+from orchestrator.core.policies import PLANNED, POLICIES, PREFERENCES, PolicySettings, build_policy, sees_clock
 from orchestrator.core.policy_inputs import PolicyInputs
+from orchestrator.core.throughput import StepModel
 from orchestrator.types import NoiseStats, Verdict
 
 FLOOR, CEILING = 8, 4096
 RAMP = ((0, 8), (500, 64), (10**6, 4096))
-NEEDED = {"schedule": {"ramp": RAMP}, "tradeoff": {"exchange_rate": 300.0}, "norm_test": {"theta": 0.5}}
-# The number by which a policy turns noise scale into batch.
-KNOBS = {"noise_scale": "kappa", "tradeoff": "exchange_rate", "norm_test": "theta"}
+NEEDED = {"schedule": {"ramp": RAMP}, "norm_test": {"theta": 0.5}}
+# The number by which a policy turns noise scale into batch, and what it may be.
+positive = st.floats(1e-300, 1e300)
+KNOBS = {
+    "noise_scale": ("kappa", positive),
+    "tradeoff": ("exchange_rate", st.none() | positive),
+    "norm_test": ("theta", positive),
+    "goodput": ("cost_weight", st.floats(0, 1)),
+}
 
 batches = st.integers(FLOOR, CEILING)
 # These carry out a plan of the user's over the samples: what the noise allows is not theirs to ask.
@@ -21,6 +28,15 @@ MEASURED = [name for name in POLICIES if name not in PLANNED]
 
 scales = st.floats(1e-300, 1.7e308)
 counts = st.integers(0, 10**12)
+
+
+@st.composite
+def step_models(draw):
+    """``None`` included: at first a run's step times tell nothing."""
+    if draw(st.booleans()):
+        return None
+    once = sorted(draw(st.lists(st.floats(0, 1e3), min_size=1, max_size=3)))
+    return StepModel(sample_s=draw(st.floats(1e-9, 1e3)), once_s=tuple((2 * k + 1, s) for k, s in enumerate(once)))
 
 
 @st.composite
@@ -39,6 +55,8 @@ def situations(draw, verdicts=tuple(Verdict)):
         credit=draw(st.none() | scales),
         lr_fraction=draw(st.floats(0, 1)),
         peak_lr_fraction=draw(st.just(1.0) | st.floats(0, 1)),
+        workers=draw(st.integers(1, 6)),
+        steps=draw(step_models()),
     )
 
 
@@ -46,14 +64,20 @@ def policy(name: str, **more):
     return build_policy(settings(name, **more))
 
 
+def turn(name: str, data) -> dict:
+    """The policy's knob, turned anywhere; a policy whose knob is not known here fails."""
+    key, values = KNOBS[name]
+    return {key: data.draw(values)}
+
+
 def settings(name: str, **more):
     return PolicySettings(name=name, floor=FLOOR, ceiling=CEILING, **(NEEDED.get(name, {}) | more))
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-@given(situation=situations(), shrink=st.booleans(), knob=st.sampled_from([1e-300, 0.5, 1.0, 1e300]))
-def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation, shrink, knob) -> None:
-    turned = {KNOBS[name]: knob} if name in KNOBS else {}
+@given(situation=situations(), shrink=st.booleans(), data=st.data())
+def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation, shrink, data) -> None:
+    turned = turn(name, data) if name not in PLANNED | {"fixed"} else {}
     decision = policy(name, shrink=shrink, **turned)(situation)
     assert decision == policy(name, shrink=shrink, **turned)(situation)
     assert type(decision.target_batch) is int
@@ -67,6 +91,15 @@ def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation,
 def test_a_planned_policy_does_not_look_at_the_noise(name, situation, other) -> None:
     elsewhere = replace(situation, stats=other.stats, credit=other.credit)
     assert policy(name, shrink=True)(elsewhere) == policy(name, shrink=True)(situation)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+@given(situation=situations(), steps=step_models(), workers=st.integers(1, 6), data=st.data())
+def test_only_a_policy_declared_time_dependent_looks_at_step_times(name, situation, steps, workers, data) -> None:
+    given_ = turn(name, data) if name in KNOBS else {}
+    if not sees_clock(settings(name, **given_)):
+        chosen = policy(name, shrink=True, **given_)
+        assert chosen(replace(situation, steps=steps, workers=workers)) == chosen(situation)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -84,9 +117,9 @@ def test_an_interval_without_an_upper_end_moves_no_policy(name, low, verdict, ba
 
 
 @pytest.mark.parametrize("name", list(PREFERENCES))
-@given(many=st.lists(st.floats(0, 1.7e308), min_size=2, max_size=9), knob=st.floats(1e-300, 1e300))
-def test_a_preference_never_falls_as_the_noise_scale_rises(name, many, knob) -> None:
-    batch_at = PREFERENCES[name](settings(name, **{KNOBS[name]: knob})).batch_at
+@given(many=st.lists(st.floats(0, 1.7e308), min_size=2, max_size=9), situation=situations(), data=st.data())
+def test_a_preference_never_falls_as_the_noise_scale_rises(name, many, situation, data) -> None:
+    batch_at = PREFERENCES[name](settings(name, **turn(name, data)))(situation).batch_at
     wished = [batch_at(scale) for scale in sorted(many)]
     assert wished == sorted(wished)
     assert wished[0] >= 0
@@ -99,16 +132,23 @@ def test_growth_is_at_most_the_cap_and_is_paid_by_the_credit(name, situation) ->
     assert grown <= 2 * situation.batch
     if situation.credit is not None:
         prefer = PREFERENCES.get(name)
-        paid = prefer(settings(name)).batch_at(situation.credit) if prefer else 0.0
+        paid = prefer(settings(name))(situation).batch_at(situation.credit) if prefer else 0.0
         assert grown <= max(situation.batch, round(min(paid, CEILING)))
 
 
 @pytest.mark.parametrize("name", MEASURED)
-@given(batch=batches, many=st.lists(st.floats(1e-9, 1e12), min_size=2, max_size=9), width=st.floats(1, 100), shrink=...)
-def test_a_larger_noise_scale_never_asks_for_a_smaller_batch(name, batch, many, width, shrink: bool) -> None:
+@given(
+    batch=batches,
+    many=st.lists(st.floats(1e-9, 1e12), min_size=2, max_size=9),
+    width=st.floats(1, 100),
+    shrink=...,
+    steps=step_models(),
+)
+def test_a_larger_noise_scale_never_asks_for_a_smaller_batch(name, batch, many, width, shrink: bool, steps) -> None:
     def target(scale: float) -> int:
         stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=scale, low=scale / width, high=scale * width)
-        return policy(name, shrink=shrink)(PolicyInputs(stats=stats, batch=batch, samples_seen=10**9)).target_batch
+        inputs = PolicyInputs(stats=stats, batch=batch, samples_seen=10**9, steps=steps)
+        return policy(name, shrink=shrink)(inputs).target_batch
 
     targets = [target(scale) for scale in sorted(many)]
     assert targets == sorted(targets)

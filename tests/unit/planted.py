@@ -18,7 +18,7 @@ from orchestrator.core.controller import ControllerState, Rules
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings, moments
 from orchestrator.core.planner import WorkerLimits
-from orchestrator.core.policies import PolicySettings, build_policy
+from orchestrator.core.policies import PolicySettings, build_policy, goodput_of, sees_clock
 from orchestrator.core.policy_inputs import Policy, PolicyInputs
 from orchestrator.types import Action, ApplyPlan, Decision, Event, GradMeasured, GradSample, Keep, RequestWorkers
 
@@ -31,7 +31,7 @@ def rules(**changes: Any) -> Rules:
 
     Names that ``PolicySettings`` knows and ``Rules`` does not (ceiling, deadband, shrink, ...) go to the policy.
     """
-    policy_alone = PolicySettings.__dataclass_fields__.keys() - Rules.__dataclass_fields__.keys() - {"name"}
+    policy_alone = PolicySettings.__dataclass_fields__.keys() - Rules.__dataclass_fields__.keys()
     of_policy = {key: changes.pop(key) for key in list(changes) if key in policy_alone}
     base: dict[str, Any] = {
         "total_samples": 200_000,
@@ -49,8 +49,12 @@ def rules(**changes: Any) -> Rules:
         "resize_cost_s": 10.0,
     }
     floor = changes.get("base_batch", 32)
-    settings = {"cooldown_samples": COOLDOWN, "floor": floor, "ceiling": 16_384} | of_policy
-    base["policy"] = build_policy(PolicySettings(name="noise_scale", **settings))
+    restraints = {"cooldown_samples": COOLDOWN, "floor": floor, "ceiling": 16_384, "base_batch": floor}
+    both = base | changes
+    fleet = {"micro_batch": both["micro_batch"], "workers": None if both["resize_when"] == "never" else both["workers"]}
+    settings = PolicySettings(**({"name": "noise_scale"} | restraints | fleet | of_policy))
+    base |= {"policy": build_policy(settings), "sees_clock": sees_clock(settings)}
+    base["goodput"] = goodput_of(settings) if settings.name == "goodput" else None
     return Rules(**(base | changes))
 
 
@@ -95,9 +99,16 @@ class Run:
 
 
 def drive(
-    settled: Rules, world: World, *, between: Callable[[int], Iterable[Event]] = lambda step: (), time_s: float = 0.01
+    settled: Rules,
+    world: World,
+    *,
+    between: Callable[[int], Iterable[Event]] = lambda step: (),
+    time_s: float | Callable[[int, int], float] = 0.01,
 ) -> Run:
-    """One whole run; ``between(step)`` gives events that arrive after that step."""
+    """One whole run; ``between(step)`` gives events that arrive after that step.
+
+    A step takes ``time_s``, or as long as that says of its batch and the workers.
+    """
     run = Run(controller.init(settled, world_size=1), batches=[(0, settled.base_batch)])
     seen = step = 0
     factor, coming = 1.0, None
@@ -115,7 +126,8 @@ def drive(
             run.batches.append((seen, run.state.target.batch))
         reading = world(seen, batch, factor)
         seen += batch
-        action = take(measured(step, seen, batch, step_time_s=time_s, **reading))
+        took = time_s(batch, run.state.world_size) if callable(time_s) else time_s
+        action = take(measured(step, seen, batch, step_time_s=took, **reading))
         if isinstance(action, ApplyPlan):
             coming = action
         for event in between(step):

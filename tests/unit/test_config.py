@@ -75,7 +75,7 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "schedule": "name warmup_samples start_fraction final_fraction milestones_samples gamma decay_samples",
         "lr_rule": "name exponent peak_batch floor",
         "controller": "mode policy every_samples lag_steps cooldown_samples deadband max_growth kappa exchange_rate "
-        "theta shrink ramp half_life_samples confidence",
+        "price_per_worker_hour price_per_sample objective theta shrink ramp half_life_samples confidence",
         "measure": "estimator every_steps groups leave_out",
         "workers": "initial min max micro_batches_each when resize_cost_s cpus_per_worker gpus_per_worker threads",
         "data": "loader_workers prefetch pin_memory seed_each_sample",
@@ -205,6 +205,14 @@ def test_keys_of_other_policies_and_rules_are_absent_and_not_written(minimal: Pa
     ("overrides", "written"),
     [
         (["controller.policy=tradeoff", "controller.exchange_rate=1000"], "  exchange_rate: 1000.0\n"),
+        (["controller.policy=tradeoff"], "  policy: tradeoff\n"),
+        (
+            ["controller.policy=tradeoff", "controller.price_per_worker_hour=2", "controller.price_per_sample=0"],
+            "  price_per_worker_hour: 2.0\n  price_per_sample: 0.0\n",
+        ),
+        (["controller.policy=goodput"], "  objective: time\n"),
+        (["controller.policy=goodput", "controller.objective=cost"], "  objective: cost\n"),
+        (["controller.policy=goodput", "controller.objective=0.25"], "  objective: 0.25\n"),
         (["controller.policy=norm_test", "controller.theta=0.5"], "  theta: 0.5\n"),
         (["lr_rule.name=surge", "lr_rule.peak_batch=2048"], "  peak_batch: 2048\n  floor: 0.5\n"),
         (["controller.policy=my.own:make", "controller.theta=3", "controller.ramp=[[9, 64]]"], "  theta: 3.0\n"),

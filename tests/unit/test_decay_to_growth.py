@@ -151,11 +151,11 @@ def test_a_session_trains_with_the_batch_and_the_rate_that_the_policy_means(tmp_
     """Up to the ceiling of 4 x the LR of sgd stays as it was, above it the LR takes the rest of the decay."""
     settings = config(
         tmp_path,
-        train={"samples": 8192},
+        train={"samples": 4096},
         batch={"initial": 16, "micro_batch": 8, "max": 64},
         optimizer={"lr": 0.1},
-        schedule={"name": "step", "milestones_samples": [2048, 4096, 6144], "gamma": 0.5},
-        controller={"policy": "decay_to_growth", "every_samples": 256},
+        schedule={"name": "step", "milestones_samples": [1024, 2048, 3072], "gamma": 0.5},
+        controller={"policy": "decay_to_growth", "every_samples": 128},
     )
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -165,12 +165,12 @@ def test_a_session_trains_with_the_batch_and_the_rate_that_the_policy_means(tmp_
                 session.backward(cross_entropy(session.model, samples))
             session.step()
     rows = list(folder.surviving(tmp_path / "run" / folder.METRICS))
-    settled = {0: (16, 0.1), 2048: (32, 0.1), 4096: (64, 0.1), 6144: (64, 0.05)}
+    settled = {0: (16, 0.1), 1024: (32, 0.1), 2048: (64, 0.1), 3072: (64, 0.05)}
     for begins, expected in settled.items():
         # The decision and its lag over, and the next milestone not reached.
-        inside = [r for r in rows if begins + 1024 < r["samples_seen"] <= begins + 2048]
+        inside = [r for r in rows if begins + 512 < r["samples_seen"] <= begins + 1024]
         assert {(r["global_batch"], round(r["lr"], 12)) for r in inside} == {expected}
     for row in rows:
         began = row["samples_seen"] - row["global_batch"]
-        noise = 0.1 * 0.5 ** sum(began >= m for m in (2048, 4096, 6144)) / 16
+        noise = 0.1 * 0.5 ** sum(began >= m for m in (1024, 2048, 3072)) / 16
         assert row["lr"] / row["global_batch"] == pytest.approx(noise, rel=1e-9)

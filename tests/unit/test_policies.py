@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.core.policies import POLICIES, PolicySettings, build_policy
 from orchestrator.core.policy_inputs import PolicyInputs
+from orchestrator.core.preferences import Preference, always
 from orchestrator.core.restraints import (
     with_cooldown,
     with_credit,
@@ -108,8 +109,17 @@ def test_the_guards_credit_is_turned_into_batches_as_the_noise_scale_is(settings
     assert "only 100 of it is credited" in decision.reason
 
 
-@pytest.mark.parametrize("value", [None, 0.0, -1.0, float("inf"), float("nan")])
-@pytest.mark.parametrize(("name", "key"), [("tradeoff", "exchange_rate"), ("norm_test", "theta")])
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("norm_test", "theta", None),
+        *(
+            (name, key, value)
+            for name, key in (("tradeoff", "exchange_rate"), ("norm_test", "theta"))
+            for value in (0.0, -1.0, float("inf"), float("nan"))
+        ),
+    ],
+)
 def test_a_policy_without_its_number_is_refused(name, key, value) -> None:
     with pytest.raises(ValueError, match=rf"controller\.{key} (is missing|must be a positive number)"):
         build_policy(PolicySettings(name=name, **{key: value}))
@@ -191,7 +201,8 @@ def test_without_shrinking_only_growth_is_left(wish, expected) -> None:
     ("credit", "wish", "expected"), [(None, 500, 500), (100, 500, 200), (30, 500, 64), (30, 20, 20), (1e6, 500, 500)]
 )
 def test_growth_is_cut_to_the_batch_at_the_credit_and_shrinking_is_free(credit, wish, expected) -> None:
-    assert target(with_credit(wishes(wish), batch_at=lambda scale: 2 * scale), credit=credit) == expected
+    twice = always(Preference(batch_at=lambda scale: 2 * scale))
+    assert target(with_credit(wishes(wish), preferred=twice), credit=credit) == expected
 
 
 def own_policy(settings: PolicySettings):

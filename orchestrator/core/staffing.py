@@ -1,0 +1,99 @@
+"""How many workers to ask for, and is it worth the resize?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.core import throughput
+from orchestrator.core.goodput import Goodput
+from orchestrator.core.planner import WorkerLimits, useful_workers
+from orchestrator.core.throughput import StepModel, StepTimes, Timings
+from orchestrator.types import BatchPlan, RequestWorkers
+
+ResizeWhen = Literal["saves_time", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What there is to do, on what, and at what price of a change. ``asked``: the workers there are, or that were
+    asked for last."""
+
+    plan: BatchPlan
+    micro_batch: int  # the configured one: a batch that was cut smaller only to be measured needs no more workers
+    asked: int
+    remaining_samples: int
+    times: StepTimes
+    resize_cost_s: float
+    limits: WorkerLimits
+    when: ResizeWhen
+
+
+def request(need: Need, *, goodput: Goodput | None, timings: Timings) -> RequestWorkers | None:
+    """What ``goodput`` makes of the step times, where it is given; else as many as the batch has micro-batches for."""
+    if need.when == "never":
+        return None
+    return _by_micro_batches(need) if goodput is None else _by_goodput(need, goodput, throughput.fit(timings))
+
+
+def _by_micro_batches(need: Need) -> RequestWorkers | None:
+    plan, asked = need.plan, need.asked
+    wanted = useful_workers(plan.batch, micro_batch=need.micro_batch, limits=need.limits)
+    if wanted == asked:
+        return None
+    if wanted < asked:
+        # Giving workers back saves no time, so it waits until some would have nothing to do.
+        if plan.num_micro_batches >= asked:
+            return None
+        reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches, too few for {asked} workers"
+        return RequestWorkers(num_workers=wanted, reason=reason)
+    then = -(-plan.num_micro_batches // wanted)
+    reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches: {wanted} workers take {then} each"
+    if need.when == "saves_time":
+        saving = throughput.predicted_saving_s(
+            need.times,
+            remaining_samples=need.remaining_samples,
+            batch=plan.batch,
+            accum_now=plan.accum_steps,
+            accum_then=then,
+        )
+        if saving is None or saving <= need.resize_cost_s:
+            return None
+        reason += f", saving about {saving:.1f} s for a resize of about {need.resize_cost_s:.1f} s"
+    return RequestWorkers(num_workers=wanted, reason=reason)
+
+
+def _by_goodput(need: Need, goodput: Goodput, steps: StepModel | None) -> RequestWorkers | None:
+    """The fleet of the best goodput, where the step times tell which; else by micro-batches, from which they learn.
+
+    A fleet larger than any that was timed is tried where its micro-batches allow it, unless cost is all that counts:
+    the worker-hours of a batch only rise with its workers. A resize pauses all workers, so it has to be paid by what
+    the rest of the run gains, in the coin of the objective.
+    """
+    batch = need.plan.batch
+    if steps is None and goodput.cost_weight == 1:
+        return None
+    if steps is None or need.asked > steps.most_workers:
+        return _by_micro_batches(need)
+    wanted = goodput.best_workers(steps, batch, workers_now=need.asked)
+    if wanted == steps.most_workers and goodput.cost_weight < 1:
+        further = _by_micro_batches(need)
+        if further is not None and further.num_workers > wanted:
+            return further
+    if wanted == need.asked:
+        return None
+    gain = goodput.value(steps, batch, workers=wanted, noise_scale=0.0) - goodput.value(
+        steps, batch, workers=need.asked, noise_scale=0.0
+    )
+    reason = f"by the step times {wanted} workers suit batch {batch} better than {need.asked}"
+    if need.when == "saves_time":
+        each = throughput.micro_batch_time_s(need.times)
+        if each is None:
+            return None
+        left_s = need.remaining_samples / batch * need.plan.accum_steps * each
+        saving = left_s * -math.expm1(-gain)
+        if saving <= need.resize_cost_s:
+            return None
+        reason += f", worth about {saving:.1f} s for a resize of about {need.resize_cost_s:.1f} s"
+    return RequestWorkers(num_workers=wanted, reason=reason)
