@@ -66,8 +66,9 @@ class Advice:
 def advise(stretches: Sequence[Stretch], rules: Rules) -> Advice | None:
     """Go through a run's record again with the policy at the wheel; ``None`` if no noise scale was ever measured.
 
-    The run took every step with ``rules.base_batch``. The virtual run decides where its own samples pass a multiple of
-    ``rules.every_samples``, and its decisions take effect ``rules.lag_steps`` later.
+    McCandlish et al. 2018, arXiv:1812.06162, appendix D. The run took every step with ``rules.base_batch``. The virtual
+    run decides where its own samples pass a multiple of ``rules.every_samples``, and its decisions take effect
+    ``rules.lag_steps`` later.
     """
     base = rules.base_batch
     track = _track(stretches, batch=base)

@@ -80,7 +80,8 @@ def fieller(x: float, y: float, v_xx: float, v_xy: float, v_yy: float, t: float)
 
     ``x`` and ``y`` are averages; ``v_xx``, ``v_xy`` and ``v_yy`` the (co)variances of those averages. ``high`` is
     ``None`` when the set has no upper end; then ``low`` is ``None`` too if the set holds zero. Both are ``None`` when
-    no non-negative ratio fits (``y`` is negative beyond doubt). E. C. Fieller 1954, J. R. Stat. Soc. B 16:175.
+    no non-negative ratio fits (``y`` is negative beyond doubt). E. C. Fieller 1954, J. R. Stat. Soc. B 16:175,
+    doi:10.1111/j.2517-6161.1954.tb00159.x.
     """
     a = y * y - t * t * v_yy
     b = x * y - t * t * v_xy
@@ -110,7 +111,7 @@ class Blocks:
 
 
 def ratio_interval(blocks: Blocks, *, confidence: float, groups: int) -> tuple[float | None, float | None]:
-    """Fieller's set for sum(x) / sum(y), with the same meaning of ``None`` as in ``fieller``.
+    """Fieller's set (doi:10.1111/j.2517-6161.1954.tb00159.x) for sum(x) / sum(y), ``None`` meaning what it does there.
 
     Blocks are joined into at most ``groups`` groups, each as long as the measured autocorrelation asks. The variance
     is the sum of the groups' squared residuals, each multiplied so that it is unbiased (as in MacKinnon and White's

@@ -31,6 +31,7 @@ Block = tuple[float, float, float, float, float, float]
 def moments(sizes: Sequence[int], grad_sqs: Sequence[float], mean_grad_sq: float) -> tuple[float, float] | None:
     """Unbiased ``(grad_sq, trace_cov)`` = (|G|^2, tr(Sigma)) of one step from its micro-batch gradients.
 
+    With equal sizes it is the pair of estimates of McCandlish et al. 2018, arXiv:1812.06162, appendix A.1.
     ``sizes[i]`` samples gave micro-batch i, ``grad_sqs[i]`` is the squared norm of its mean gradient, and
     ``mean_grad_sq`` that of the sample-weighted mean of them all. Any sizes; ``None`` below two micro-batches.
     Raises ``ValueError`` when the sequences differ in length or a size is not positive.
@@ -53,8 +54,9 @@ def moments_from_sums(
 ) -> tuple[float, float] | None:
     """``moments`` from what the ranks can sum: ``weighted_sq_sum`` is the sum of size x squared norm.
 
-    Both results are unbiased for every list of sizes, unlike the equal-size formula with a mean size. ``trace_cov``
-    is the weighted sample variance, ``grad_sq`` may be negative.
+    McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, for any sizes. Both results are unbiased for every list of
+    sizes, unlike the equal-size formula with a mean size. ``trace_cov`` is the weighted sample variance, ``grad_sq``
+    may be negative.
     """
     if micro_batches < 2:
         return None
@@ -205,6 +207,9 @@ def _compact(blocks: tuple[Block, ...], block_samples: int, settings: NoiseSetti
 @lru_cache(maxsize=4)  # the controller and the run's lines ask for the same; it takes as long as many small steps' rest
 def stats(state: NoiseState, settings: NoiseSettings) -> NoiseStats:
     """The noise scale with its interval and verdict, estimate and interval from the same weighted block means.
+
+    The ratio of averages of McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, in Fieller's set (1954,
+    doi:10.1111/j.2517-6161.1954.tb00159.x).
 
     ``MEASURED`` means that the interval has two ends. A set without an upper end, or fewer blocks than
     ``min_blocks``, is ``TOO_NOISY``. If the newest sample had fewer than two micro-batches the verdict says so, and

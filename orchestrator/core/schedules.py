@@ -48,7 +48,10 @@ def constant(settings: ScheduleSettings, *, total_samples: int) -> Schedule:
 
 
 def cosine(settings: ScheduleSettings, *, total_samples: int) -> Schedule:
-    """Half a cosine from the end of the warm-up to ``final_fraction`` at the end of the run."""
+    """Half a cosine from the end of the warm-up to ``final_fraction`` at the end of the run.
+
+    Loshchilov and Hutter 2016, arXiv:1608.03983, without restarts.
+    """
     final = settings.final_fraction or 0.0
     return lambda samples: _cosine(_progress(samples, settings.warmup_samples, total_samples), 1.0, final)
 
@@ -67,7 +70,10 @@ def step(settings: ScheduleSettings, *, total_samples: int) -> Schedule:
 
 
 def wsd(settings: ScheduleSettings, *, total_samples: int) -> Schedule:
-    """Warm-up, stable, then a straight line to ``final_fraction`` over the last ``decay_samples``."""
+    """Warm-up, stable, then a straight line to ``final_fraction`` over the last ``decay_samples``.
+
+    Hu et al. 2024, arXiv:2404.06395, with a straight line for their decay.
+    """
     final, decay = settings.final_fraction or 0.0, settings.decay_samples or 0
     if decay > total_samples - settings.warmup_samples:
         raise ValueError(

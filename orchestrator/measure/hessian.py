@@ -49,7 +49,7 @@ def hessian_moments(
     u = sum of s_i sqrt(b_i / (n - 1)) (g_i - g) has E[u u'] = Sigma, so that u'Hu is tr(H Sigma) on average, and
     g'Hg - u'Hu / N is G'HG. The signs save n - 1 products and cost variance; their average over all 2^n choices is the
     weighted sample variance of ``orchestrator.core.noise.moments`` with v'Hv in the place of the squared norm. Average
-    both over steps, then divide.
+    both over steps, then divide: McCandlish et al. 2018, arXiv:1812.06162, equation 2.8.
 
     Raises ``ValueError`` below two micro-batches, or where lengths, sizes or signs do not fit.
     """
