@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from orchestrator.config.section import Broken, Section, default_of, name_of, refuse
 
-ESTIMATORS = ("micro_batch", "per_example")
+ESTIMATORS = ("micro_batch", "per_example", "split")
 MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test", "goodput")  # these follow the noise scale
 POLICIES = ("fixed", "schedule", "decay_to_growth", *MEASURED_POLICIES)
 
@@ -85,7 +85,9 @@ class MeasureSection(Section):
         default="micro_batch",
         description="[name] what gradients are compared: micro_batch, those of all micro-batches of a step; "
         "per_example, those of all samples (least noise, and one micro-batch is enough; a step takes up to a quarter "
-        "longer, and only layers that are known can be read); or module:factory",
+        "longer, and only layers that are known can be read); split, those of halves: batch.micro_batch is halved, "
+        "rounded up, so that there are always two (another micro-batch list, at the cost of more and smaller passes; "
+        "the workers asked for stay the same); or module:factory",
     )
     every_steps: int = Field(default=1, ge=1, description="[steps] from one measured step to the next")
     groups: Literal["none", "layers", "parameter_groups"] = Field(
@@ -100,7 +102,7 @@ class MeasureSection(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> MeasureSection:
-        if self.leave_out and self.estimator == "micro_batch":
+        if self.leave_out and self.estimator in ("micro_batch", "split"):
             rule, fix = f"estimator {self.estimator} does not use it", "remove it, or write estimator: per_example"
             refuse([Broken(keys=("leave_out", "estimator"), value=self.leave_out, rule=rule, fix=fix)])
         return self

@@ -63,6 +63,7 @@ class Rules:
     resize_cost_s: float  # taken until a resize has been measured
     sees_clock: bool = False  # whether the policy is declared time-dependent, and may be shown the step times
     goodput: Goodput | None = None  # what chooses the workers, where it is known better than by micro-batches
+    split: bool = False  # whether every micro-batch is computed in two halves, for the sake of comparing them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,12 +137,12 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
 
 def plan_for(state: ControllerState, target: Target, rules: Rules) -> BatchPlan:
     """The plan that realises ``target`` with the workers there are now."""
+    plan = _whole_plan(state, target, rules)
+    if not rules.split:
+        return plan
+    half = -(-_micro_batch(state, rules) // 2)
     return make_plan(
-        target.batch,
-        world_size=state.world_size,
-        micro_batch=_micro_batch(state, rules),
-        generation=state.generation,
-        measurable=rules.measurable,
+        target.batch, world_size=plan.world_size, micro_batch=half, generation=plan.generation, measurable=True
     )
 
 
@@ -269,6 +270,7 @@ def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerSt
         return state, None
     need = Need(
         plan=plan_for(state, state.target, rules),
+        whole_micro_batches=_whole_plan(state, state.target, rules).num_micro_batches,
         micro_batch=_micro_batch(state, rules),
         asked=state.requested_workers or state.world_size,
         remaining_samples=rules.total_samples - state.samples_seen,
@@ -282,8 +284,22 @@ def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerSt
     return replace(state, requested_workers=wanted.num_workers), wanted
 
 
+def _whole_plan(state: ControllerState, target: Target, rules: Rules) -> BatchPlan:
+    """Without the halves."""
+    return make_plan(
+        target.batch,
+        world_size=state.world_size,
+        micro_batch=_micro_batch(state, rules),
+        generation=state.generation,
+        measurable=rules.measurable,
+    )
+
+
 def _micro_batch(state: ControllerState, rules: Rules) -> int:
-    return rules.micro_batch if state.max_micro_batch is None else min(rules.micro_batch, state.max_micro_batch)
+    """In samples. What ran out of memory is what was computed at once: a half, where micro-batches are split."""
+    if state.max_micro_batch is None:
+        return rules.micro_batch
+    return min(rules.micro_batch, state.max_micro_batch * (2 if rules.split else 1))
 
 
 def _apply_now(state: ControllerState, rules: Rules, reason: str) -> ApplyPlan:

@@ -21,6 +21,7 @@ class Need:
     asked for last."""
 
     plan: BatchPlan
+    whole_micro_batches: int  # of the plan, none of them halved only to be measured
     micro_batch: int  # the configured one: a batch that was cut smaller only to be measured needs no more workers
     asked: int
     remaining_samples: int
@@ -44,7 +45,7 @@ def _by_micro_batches(need: Need) -> RequestWorkers | None:
         return None
     if wanted < asked:
         # Giving workers back saves no time, so it waits until some would have nothing to do.
-        if plan.num_micro_batches >= asked:
+        if need.whole_micro_batches >= asked:
             return None
         reason = f"batch {plan.batch} is {plan.num_micro_batches} micro-batches, too few for {asked} workers"
         return RequestWorkers(num_workers=wanted, reason=reason)

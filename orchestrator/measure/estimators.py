@@ -16,6 +16,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
         build=lambda model, parameters, settings: PerExampleMeter(model, parameters, leave_out=settings.leave_out),
         compares="samples",
     ),
+    "split": Estimator(build=lambda model, parameters, settings: GradMeter(parameters), halves=True),
 }
 
 

@@ -62,11 +62,13 @@ class Meter(Protocol):
 class Estimator:
     """A way to measure: ``build(model, trained parameters, measure section)`` makes a rank's meter.
 
-    ``compares`` says what the parts of a step are, the g_i of a ``Reading``: its micro-batches or its samples.
+    ``compares`` says what the parts of a step are, the g_i of a ``Reading``: its micro-batches or its samples. With
+    ``halves`` every micro-batch is computed in two, which makes another micro-batch list.
     """
 
     build: Callable[[nn.Module, Sequence[nn.Parameter], MeasureSection], Meter]
     compares: Literal["micro_batches", "samples"] = "micro_batches"
+    halves: bool = False
 
     @property
     def cuts(self) -> bool:

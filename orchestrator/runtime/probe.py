@@ -101,7 +101,10 @@ def measure(
 
 
 def _plan(config: RunConfig, *, samples: int | None, dataset_size: int) -> ProbePlan:
-    micro_batch, needed = config.batch.micro_batch, fewest_samples(config.batch.micro_batch)
+    micro_batch = config.batch.micro_batch
+    if find_estimator(config.measure.estimator).halves:
+        micro_batch = -(-micro_batch // 2)
+    needed = fewest_samples(micro_batch)
     source = "probe" if samples is None else f"--samples {samples}"
     if samples is not None and samples > dataset_size:
         raise ConfigError(

@@ -38,7 +38,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
             f"the training set has {dataset_size} samples and batch.initial is {batch.initial}: a batch never holds "
             f"a sample twice; set batch.initial to {dataset_size} or less, or bring more data"
         )
-    act = control.mode == "act"
+    act, estimator = control.mode == "act", find_estimator(config.measure.estimator)
     policy = policy_settings(config, dataset_size=dataset_size)
     total = total_samples(config, dataset_size=dataset_size)
     return Rules(
@@ -46,7 +46,8 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         base_batch=batch.initial,
         micro_batch=batch.micro_batch if config.optimizer.part_samples is None else config.optimizer.part_samples,
         act=act,
-        measurable=act and control.policy != "fixed" and find_estimator(config.measure.estimator).cuts,
+        measurable=act and control.policy != "fixed" and estimator.cuts,
+        split=estimator.halves,
         every_samples=control.every_samples,
         lag_steps=control.lag_steps,
         noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),

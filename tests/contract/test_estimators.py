@@ -27,7 +27,9 @@ def meter(name: str, model: nn.Module) -> Meter:
 
 def plan(name: str, batch: int) -> BatchPlan:
     """As a run that advises cuts it."""
-    return make_plan(batch, world_size=1, micro_batch=MICRO, generation=0, measurable=False)
+    halves = ESTIMATORS[name].halves
+    micro_batch = MICRO // 2 if halves else MICRO
+    return make_plan(batch, world_size=1, micro_batch=micro_batch, generation=0, measurable=halves)
 
 
 def mean_squares(model: nn.Module, samples: Samples) -> Tensor:

@@ -35,13 +35,13 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("estimator", ["micro_batch", "per_example"])
+@pytest.mark.parametrize("estimator", ["micro_batch", "per_example", "split"])
 def test_equal_lists_give_equal_losses_and_moments_on_any_layout(tmp_path: Path, estimator: str) -> None:
     layouts = {1: [4], 2: [2, 2], 4: [1, 1, 1, 1], 3: [2, 1, 1]}
     found = {}
     for world_size in layouts:
         folder = tmp_path / str(world_size)
-        run_fleet(train, world_size, str(folder), 8, 32, estimator)
+        run_fleet(train, world_size, str(folder), 16 if estimator == "split" else 8, 32, estimator)
         found[world_size] = history(folder)
     for world_size, runs in layouts.items():
         assert [row["accum_steps"] for row in found[world_size]] == [max(runs)] * STEPS

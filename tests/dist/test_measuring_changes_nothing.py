@@ -54,7 +54,8 @@ def with_the_library(
         folder,
         run={"seed": seed},
         train={"samples": STEPS * batch},
-        batch={"initial": batch, "micro_batch": MICRO, "max": 200},
+        # Of two halves each: then the list is that of the plain loop.
+        batch={"initial": batch, "micro_batch": 2 * MICRO if estimator == "split" else MICRO, "max": 200},
         measure={"estimator": estimator},
         controller={"mode": "advise", "policy": "noise_scale", "every_samples": 2 * batch, "cooldown_samples": 0},
     )
@@ -87,8 +88,10 @@ def both(rank: int, accumulation: int, seed: int, folder: str, estimator: str) -
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("estimator", ["micro_batch", "per_example"])
+@pytest.mark.parametrize("estimator", ["micro_batch", "per_example", "split"])
 def test_advising_leaves_losses_and_weights_bit_identical_to_plain_ddp(
     tmp_path: Path, world_size: int, accumulation: int, estimator: str
 ) -> None:
+    if estimator == "split" and world_size * accumulation == 1:
+        accumulation = 2  # a list of one part is no list of halves
     assert run_fleet(both, world_size, accumulation, 5, str(tmp_path), estimator) == [True] * world_size

@@ -83,6 +83,8 @@ CASES = [
     added("unknown mode", "controller.mode", "advice", "did you mean advise?"),
     Case("unknown precision", "  precision: fp16", "train.precision", "fp16", "fp32, bf16", "  epochs: 60"),
     added("unknown estimator", "measure.estimator", "ranks", "micro_batch"),
+    added("nearly an estimator", "measure.estimator", "per_sample", "did you mean per_example?"),
+    added("left out of micro-batches", "measure.leave_out", "[head]", "write estimator: per_example"),
     added("unknown when", "workers.when", "alway", "did you mean always?"),
     # Kinds and units
     Case("thousands as k", "  initial: 10k", "batch.initial", '"10k"', "write 10000,", "  initial: 32", 7),
