@@ -153,3 +153,18 @@ def test_a_step_without_a_micro_batch_or_a_gradient_reads_as_nothing() -> None:
     meter = GradMeter(nn.Linear(4, 2).parameters())
     meter.begin_step(measure=True)
     assert meter.read() == Reading(weighted_sq_sum=0.0, mean_grad_sq=0.0, losses=())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those of the compiler itself
+def test_a_compiled_model_reads_the_same() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))
+    parts = [torch.randn(size, 20) for size in SIZES]
+    compiled: Any = torch.compile(model, backend="aot_eager")  # as graphs as by default; no C++ compiler
+    compiled(parts[0])  # compiled before there are hooks, as where only some steps are measured
+    model.zero_grad()
+    found = read(compiled, parts)
+    model.zero_grad()
+    plain = read(model, parts)
+    assert found.weighted_sq_sum == pytest.approx(plain.weighted_sq_sum, rel=1e-5)
+    assert found.mean_grad_sq == pytest.approx(plain.mean_grad_sq, rel=1e-5)
