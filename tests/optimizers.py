@@ -18,6 +18,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lamb": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
     "lans": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
     "clars": {"momentum": 0.9, "trust": 0.02, "weight_decay": 0.1},
+    "vr_sgd": {"momentum": 0.9, "weight_decay": 0.1},
+    "vr_adam": {"betas": (0.8, 0.95), "eps": 1e-3, "ratio_beta": 0.7, "weight_decay": 0.1},
+    "vr_lamb": {"betas": (0.8, 0.95), "eps": 1e-3, "ratio_beta": 0.7, "weight_decay": 0.1},
 }
 
 

@@ -19,6 +19,9 @@ OPTIMIZER_KEYS: Mapping[str, frozenset[str]] = {
     "lamb": frozenset({"betas", "eps"}),
     "lans": frozenset({"betas", "eps"}),
     "clars": frozenset({"momentum", "trust", "part_samples"}),
+    "vr_sgd": frozenset({"momentum", "part_samples", "ratio_floor"}),
+    "vr_adam": frozenset({"betas", "eps", "part_samples", "ratio_floor", "ratio_beta"}),
+    "vr_lamb": frozenset({"betas", "eps", "part_samples", "ratio_floor", "ratio_beta"}),
 }
 SCHEDULE_KEYS: Mapping[str, frozenset[str]] = {
     "constant": frozenset(),
@@ -39,6 +42,7 @@ LR_RULE_KEYS: Mapping[str, frozenset[str]] = {
     "surge": frozenset({"peak_batch", "floor"}),
 }
 
+_ADAPTIVE = tuple(name for name, keys in OPTIMIZER_KEYS.items() if "betas" in keys)
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -46,14 +50,14 @@ class OptimizerSection(Section):
     """The optimizer, and the learning rate at batch.initial."""
 
     name: Annotated[str, AfterValidator(name_of(OPTIMIZER_KEYS, "an optimizer"))] = Field(
-        description="[name] sgd, adam, adamw, lars, lamb, lans, clars, or package.module:attribute"
+        description="[name] sgd, adam, adamw, lars, lamb, lans, clars, vr_sgd, vr_adam, vr_lamb, or module:attribute"
     )
     lr: float = Field(gt=0, description="[rate] learning rate at batch.initial; schedule and lr_rule multiply it")
     momentum: float | None = Field(
-        default_factory=default_of({"sgd": 0.0, "lars": 0.9, "clars": 0.9}),
+        default_factory=default_of({"sgd": 0.0, "lars": 0.9, "clars": 0.9, "vr_sgd": 0.0}),
         ge=0,
         lt=1,
-        description="[fraction] sgd, lars, clars: of the last update kept",
+        description="[fraction] sgd, lars, clars, vr_sgd: of the last update kept",
     )
     trust: float | None = Field(
         default_factory=default_of({"lars": 0.001, "clars": 0.001}),
@@ -64,27 +68,41 @@ class OptimizerSection(Section):
         default_factory=default_of({"sgd": False}), description="[true or false] sgd: look ahead along the momentum"
     )
     betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] | None = Field(
-        default_factory=default_of(dict.fromkeys(("adam", "adamw", "lamb", "lans"), (0.9, 0.999))),
-        description="[two fractions] adam, adamw, lamb, lans: kept of the averaged gradient and of its square",
+        default_factory=default_of(dict.fromkeys(_ADAPTIVE, (0.9, 0.999))),
+        description="[two fractions] adam, adamw, lamb, lans, vr_adam, vr_lamb: kept of the averaged gradient and of "
+        "its square",
     )
     eps: float | None = Field(
-        default_factory=default_of({"adam": 1e-8, "adamw": 1e-8, "lamb": 1e-6, "lans": 1e-6}),
+        default_factory=default_of({name: 1e-6 if name in ("lamb", "lans", "vr_lamb") else 1e-8 for name in _ADAPTIVE}),
         gt=0,
-        description="[gradient] adam, adamw, lamb, lans: added to the root of the averaged square",
+        description="[gradient] adam, adamw, lamb, lans, vr_adam, vr_lamb: added to the root of the averaged square",
     )
     weight_decay: float | None = Field(
         default_factory=default_of(
-            {"sgd": 0.0, "adam": 0.0, "adamw": 0.01, "lars": 0.0, "lamb": 0.01, "lans": 0.01, "clars": 0.0}
+            {name: 0.01 if name in ("adamw", "lamb", "lans", "vr_lamb") else 0.0 for name in OPTIMIZER_KEYS}
         ),
         ge=0,
-        description="[rate] pull of the weights towards zero (adamw: apart from the gradient; lars, lamb, lans, clars: "
-        "within the layer's step, and not on biases and gains)",
+        description="[rate] pull of the weights towards zero (adamw, vr_adam: apart from the gradient; lars, lamb, "
+        "lans, clars, vr_lamb: within the layer's step, and not on biases and gains)",
     )
     part_samples: int | None = Field(
         default_factory=default_of({}),
         ge=1,
-        description="[samples] clars: the parts of the batch whose gradients are compared; each is one micro-batch, "
-        "whatever the layout",
+        description="[samples] clars, vr_sgd, vr_adam, vr_lamb: the parts of the batch whose gradients are compared; "
+        "each is one micro-batch, whatever the layout",
+    )
+    ratio_floor: float | None = Field(
+        default_factory=default_of(dict.fromkeys(("vr_sgd", "vr_adam", "vr_lamb"), 0.1)),
+        gt=0,
+        le=1,
+        description="[fraction] vr_sgd, vr_adam, vr_lamb: of an element of the gradient that is kept at least, "
+        "however much the parts differ",
+    )
+    ratio_beta: float | None = Field(
+        default_factory=default_of(dict.fromkeys(("vr_adam", "vr_lamb"), 0.9)),
+        ge=0,
+        lt=1,
+        description="[fraction] vr_adam, vr_lamb: kept of the averaged ratio of signal to noise",
     )
 
     @model_validator(mode="after")
@@ -172,8 +190,9 @@ class LrRuleSection(Section):
 
     name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
         default="auto",
-        description="[name] auto (noise_scale for sgd, lars, clars; sqrt for adam, adamw, lamb, lans), constant, "
-        "linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, or module:attribute",
+        description="[name] auto (noise_scale for sgd, lars, clars, vr_sgd; sqrt for adam, adamw, lamb, lans, vr_adam, "
+        "vr_lamb), constant, linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, or "
+        "module:attribute",
     )
     exponent: float | None = Field(
         default_factory=default_of({"noise_scale": 1.0}),

@@ -147,9 +147,9 @@ def auto(optimizer_name: str | None) -> Rule:
     one that they scale: lars with sgd; lamb and lans with adam, as lamb's authors do (arXiv:1904.00962). Raises
     ``ValueError`` for an optimizer whose family is not known.
     """
-    if optimizer_name in ("sgd", "lars", "clars"):
+    if optimizer_name in ("sgd", "lars", "clars", "vr_sgd"):
         return noise_scale()
-    if optimizer_name in ("adam", "adamw", "lamb", "lans"):
+    if optimizer_name in ("adam", "adamw", "lamb", "lans", "vr_adam", "vr_lamb"):
         return sqrt()
     raise ValueError(
         f"lr_rule.name auto chooses by the optimizer's family, and that of {optimizer_name!r} is not known: "

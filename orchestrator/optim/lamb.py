@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 from torch import Tensor
@@ -58,11 +59,16 @@ class LAMB(LayerWiseOptimizer):
             check_adam_settings(group, optimizer="LAMB")
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        w, g = computing(parameter), computing(gradient)
-        mean, scale = adam_moments(self.state[parameter], parameter, g, group)
-        update = mean.div_(scale)
-        rate = group["lr"]
-        if adapts(parameter, group):
-            update.add_(w, alpha=group["weight_decay"])
-            rate = rate * ratio(norm(w), norm(update))
-        parameter.copy_(w - update.mul_(rate))
+        move_by_own_norm(parameter, computing(gradient), group, state=self.state[parameter])
+
+
+def move_by_own_norm(parameter: Tensor, gradient: Tensor, group: Mapping[str, Any], *, state: dict[str, Any]) -> None:
+    """The step above, with ``gradient`` for g, in the precision to compute in."""
+    w = computing(parameter)
+    mean, scale = adam_moments(state, parameter, gradient, group)
+    update = mean.div_(scale)
+    rate = group["lr"]
+    if adapts(parameter, group):
+        update.add_(w, alpha=group["weight_decay"])
+        rate = rate * ratio(norm(w), norm(update))
+    parameter.copy_(w - update.mul_(rate))

@@ -17,18 +17,30 @@ from tests.support import config
 
 each = pytest.mark.parametrize("name", OPTIMIZERS)
 # Biases and gains are neither decayed nor scaled to their norm by these.
-SPARING = ("lars", "lamb", "lans", "clars")
+SPARING = ("lars", "lamb", "lans", "clars", "vr_lamb")
 # At weight decay 0, or an eps of next to nothing, the size of the gradient cancels in these.
 UNSCALED: dict[str, dict[str, Any]] = {
     "lars": {"weight_decay": 0.0},
     "clars": {"weight_decay": 0.0},
     "lamb": {"eps": 1e-60},
     "lans": {"eps": 1e-60},
+    "vr_adam": {"eps": 1e-60},
+    "vr_lamb": {"eps": 1e-60},
 }
-STATE = {"lars": {"momentum_buffer"}, "clars": {"momentum_buffer"}}
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+MOMENTUM, MOMENTS = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
+STATE = {
+    "lars": MOMENTUM,
+    "clars": MOMENTUM,
+    "vr_sgd": MOMENTUM,
+    "lamb": MOMENTS,
+    "lans": MOMENTS,
+    "vr_adam": {*MOMENTS, "exp_avg_ratio_less_one"},
+    "vr_lamb": {*MOMENTS, "exp_avg_ratio_less_one"},
+}
 # Of its weights, what a step at lr 0.1 and weight decay 0.1 takes away where the gradient is zero.
-DECAYED = {"lars": 0.1 * 0.02, "clars": 0.1 * 0.02, "lamb": 0.1, "lans": 0.1}
+DECAYED = {"lars": 0.1 * 0.02, "clars": 0.1 * 0.02, "lamb": 0.1, "lans": 0.1, "vr_lamb": 0.1} | dict.fromkeys(
+    ("vr_sgd", "vr_adam"), 0.1 * 0.1
+)
 
 
 def ready(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -80,6 +92,22 @@ def test_zero_weights_move_as_without_trust_and_all_zero_ones_do_not(name: str) 
     assert step.all()
     still = layer(np.zeros((2, 3)))
     assert not moved(still, make(name, [still]), np.zeros((2, 3))).any()
+
+
+def test_the_size_of_the_gradient_is_the_size_of_the_step_of_vr_sgd() -> None:
+    one, other = layer(), layer()
+    mine, theirs = make("vr_sgd", [one], weight_decay=0.0), make("vr_sgd", [other], weight_decay=0.0, lr=0.1 / 64)
+    for gradient in GRADIENTS:
+        moved(one, mine, gradient)
+        moved(other, theirs, gradient * 64)
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in SPARING])
+def test_the_others_decay_biases_as_they_decay_all(name: str) -> None:
+    small, large = layer(np.full(6, 1.0)), layer(np.full(6, 101.0))
+    steps = [moved(w, make(name, [w], weight_decay=0.5), np.full(6, 0.3)) for w in (small, large)]
+    torch.testing.assert_close(steps[1] - steps[0], torch.full((6,), 0.1 * 0.5 * 100.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", SPARING)
@@ -140,7 +168,7 @@ def test_the_state_is_named_as_torchs_own_and_resumes_bit_for_bit(name: str, tmp
     first = layer(dtype=torch.float32)
     optimizer = make(name, [first])
     train_on(first, optimizer, GRADIENTS[:2])
-    assert set(optimizer.state[first]) == STATE.get(name, MOMENTS)
+    assert set(optimizer.state[first]) == STATE[name]
     torch.save({"w": first.detach(), "optimizer": optimizer.state_dict()}, tmp_path / "state")
     saved = torch.load(tmp_path / "state", weights_only=True)
     second = nn.Parameter(saved["w"])
@@ -168,16 +196,19 @@ def test_a_closure_is_run_with_gradients_and_its_loss_returned(name: str) -> Non
 
 
 WITH_MOMENTUM = [name for name in OPTIMIZERS if "momentum" in SETTINGS[name]]
+DOUBTING = ("vr_sgd", "vr_adam", "vr_lamb")
 ADAPTIVE = [name for name in OPTIMIZERS if "betas" in SETTINGS[name]]
 BROKEN = [
     *[(name, "lr", value, "lr is") for name in OPTIMIZERS for value in (-0.1, float("nan"), float("inf"))],
     *[(name, "weight_decay", value, "not negative; write 0") for name in OPTIMIZERS for value in (-1.0, float("nan"))],
-    *[(name, "eps", value, "above 0; 1e-06") for name in ADAPTIVE for value in (0.0, -1.0, float("inf"))],
+    *[(name, "eps", value, "above 0; 1e-06 is usual") for name in ADAPTIVE for value in (0.0, -1.0, float("inf"))],
     *[(name, "betas", (0.9, 1.0), r"betas\[1\] is 1.0") for name in ADAPTIVE],
     *[(name, "betas", (-0.1, 0.9), r"betas\[0\] is -0.1") for name in ADAPTIVE],
     *[(name, "betas", value, "two fractions; write") for name in ADAPTIVE for value in (0.9, (0.9,))],
     *[(name, "momentum", 1.0, "below 1; 0.9 is usual") for name in WITH_MOMENTUM],
     *[(name, "momentum", -0.1, "at least 0") for name in WITH_MOMENTUM],
+    *[(name, "ratio_floor", value, "above 0 and at most 1") for name in DOUBTING for value in (0.0, 1.5, float("nan"))],
+    *[(name, "ratio_beta", 1.0, "below 1; 0.9 is usual") for name in ("vr_adam", "vr_lamb")],
     *[(name, "trust", 0.0, "above 0; 0.001 is usual") for name in ("lars", "clars")],
     *[(name, "trust", float("nan"), "trust is nan") for name in ("lars", "clars")],
 ]

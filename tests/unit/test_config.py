@@ -71,7 +71,7 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "task": "name options",
         "train": "samples epochs max_grad_norm precision find_unused_parameters",
         "batch": "initial micro_batch max min",
-        "optimizer": "name lr momentum trust nesterov betas eps weight_decay part_samples",
+        "optimizer": "name lr momentum trust nesterov betas eps weight_decay part_samples ratio_floor ratio_beta",
         "schedule": "name warmup_samples start_fraction final_fraction milestones_samples gamma decay_samples",
         "lr_rule": "name exponent peak_batch floor",
         "controller": "mode policy every_samples lag_steps cooldown_samples deadband max_growth kappa exchange_rate "

@@ -53,6 +53,12 @@ def changed(name: str, key: str, value: str, hint: str, line: int | None = None)
     return Case(name, f"  {field}: {value}", key, value, hint, old, line)
 
 
+def added_to_vr(name: str, field: str, value: str, hint: str) -> Case:
+    """``field: value`` for the optimizer vr_sgd."""
+    new = f"  name: vr_sgd\n  part_samples: 8\n  {field}: {value}"
+    return Case(name, new, f"optimizer.{field}", value, hint, "  name: sgd")
+
+
 CASES = [
     # Names
     Case("misspelt key", "  initail: 32", "batch.initail", "32", "did you mean batch.initial?", "  initial: 32", 7),
@@ -168,6 +174,9 @@ CASES = [
         "batch.initial, 32, does not make two of them\nwrite 16 or less",
         "  name: sgd",
     ),
+    added_to_vr("floor of nothing for r", "ratio_floor", "0", "more than 0"),
+    added_to_vr("floor in per cent for r", "ratio_floor", "10", "write 0.1"),
+    added_to_vr("average for vr_sgd", "ratio_beta", "0.9", "uses it: vr_adam, vr_lamb"),
     Case(
         "parts of nothing", "  name: clars\n  part_samples: 0", "optimizer.part_samples", "0", "least 1", "  name: sgd"
     ),
