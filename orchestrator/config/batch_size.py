@@ -13,6 +13,7 @@ from orchestrator.config.section import Broken, Section, default_of, name_of, re
 ESTIMATORS = ("micro_batch", "per_example", "split")
 MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test", "goodput")  # these follow the noise scale
 POLICIES = ("fixed", "schedule", "decay_to_growth", *MEASURED_POLICIES)
+PRECONDITIONED_OPTIMIZERS = ("adam", "adamw")  # that measure.preconditioned knows the metric of
 
 # The keys that one built-in policy uses and no other: their policy.
 _OWNERS: Mapping[str, str] = {
@@ -93,6 +94,9 @@ class MeasureSection(Section):
     groups: Literal["none", "layers", "parameter_groups"] = Field(
         default="none",
         description="[name] also write the noise scale of each layer, or of each of the optimizer's parameter groups",
+    )
+    preconditioned: bool = Field(
+        default=False, description="[true or false] adam, adamw: also write the noise scale in the optimizer's metric"
     )
     leave_out: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),

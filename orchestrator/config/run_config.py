@@ -10,7 +10,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.batch_size import MEASURED_POLICIES, BatchSection, ControllerSection, MeasureSection
+from orchestrator.config.batch_size import (
+    MEASURED_POLICIES,
+    PRECONDITIONED_OPTIMIZERS,
+    BatchSection,
+    ControllerSection,
+    MeasureSection,
+)
 from orchestrator.config.execution import CheckpointSection, DataSection, RecoverySection, WorkersSection
 from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
 from orchestrator.config.section import Broken, Section, refuse
@@ -61,6 +67,7 @@ class RunConfig(Section):
                 *self._clock_rules(),
                 *self._lr_rules(),
                 *self._decay_rules(),
+                *self._measure_rules(),
             ]
         )
         return self
@@ -142,6 +149,14 @@ class RunConfig(Section):
             fix = f"write {max(1, total // 16)}, or controller.policy: fixed"
             late("controller.every_samples", controller.every_samples, rule, fix, "controller.policy")
         return broken
+
+    def _measure_rules(self) -> list[Broken]:
+        name = self.optimizer.name
+        if not self.measure.preconditioned or name in PRECONDITIONED_OPTIMIZERS:
+            return []
+        rule = f"the metric is that of Adam's second moments, and optimizer {name} is not known to weigh by them alone"
+        fix = f"remove it, or choose an optimizer that does: {', '.join(PRECONDITIONED_OPTIMIZERS)}"
+        return [Broken(keys=("measure.preconditioned", "optimizer.name"), value=True, rule=rule, fix=fix)]
 
     def _lr_rules(self) -> list[Broken]:
         if self.lr_rule.name != "auto" or self.optimizer.name in OPTIMIZER_KEYS:

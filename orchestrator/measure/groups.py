@@ -15,6 +15,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from orchestrator.measure.preconditioner import AdamPreconditioner
+
+PRECONDITIONED = "preconditioned"
 _OWN = "(model)"  # parameters that the outermost module owns itself
 _ELSEWHERE = "(not in the model)"
 _MOST_ORDERS = 8
@@ -42,7 +45,8 @@ def parameter_groups(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Para
 class GroupReading:
     """One step as one rank sees it: shape [groups], float64, on the parameters' device.
 
-    ``mean_grad_sq`` is read from ``.grad``: after the all-reduce, all ranks see the same.
+    ``mean_grad_sq`` is read from ``.grad``: after the all-reduce, all ranks see the same. It is NaN for a metric that
+    is not settled yet.
     """
 
     weighted_sq_sum: Tensor  # sum of b_i |g_i|^2 over this rank's micro-batches
@@ -53,12 +57,24 @@ class GroupReading:
 class GroupMeter:
     """Reads one step's sums: ``begin_step`` | (backward | ``end_micro_batch``)* | ``read``.
 
-    ``groups`` share out parameters by name. Those without a gradient count as zero.
+    ``groups`` share out parameters by name. ``preconditioner`` adds the group ``preconditioned``, last, of the norms
+    of P^(1/2) g over all that its optimizer trains. Parameters without a gradient count as zero.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
-        self.names = tuple(groups)
-        self._parameters = [(p, number) for number, members in enumerate(groups.values()) for p in members]
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[nn.Parameter]],
+        *,
+        preconditioner: AdamPreconditioner | None = None,
+    ) -> None:
+        self.names = (*groups, *([] if preconditioner is None else [_unlike(groups)]))
+        self._parameters: list[tuple[nn.Parameter, int | None]] = [
+            (p, number) for number, members in enumerate(groups.values()) for p in members
+        ]
+        if preconditioner is not None:
+            in_groups = {id(p) for p, _ in self._parameters}
+            self._parameters += [(p, None) for p in preconditioner.parameters if id(p) not in in_groups]
+        self._preconditioner = preconditioner
         self._device = self._parameters[0][0].device if self._parameters else torch.device("cpu")
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._seen: list[tuple[int, Tensor]] = []  # group and square, of the micro-batch at hand
@@ -70,7 +86,9 @@ class GroupMeter:
         self._seen.clear()
         self._sum = self._zeros()
         if measure and not self._handles:
-            self._handles = [p.register_hook(partial(self._see, group=group)) for p, group in self._parameters]
+            self._handles = [
+                p.register_hook(partial(self._see, parameter=p, group=group)) for p, group in self._parameters
+            ]
         elif not measure and self._handles:
             self.close()
 
@@ -81,8 +99,12 @@ class GroupMeter:
 
     def read(self, *, grad_scale: float = 1.0) -> GroupReading:
         """Without a host synchronisation. ``grad_scale`` is what ``.grad`` is multiplied by (an AMP scaler)."""
-        with_gradient = [(group, p.grad) for p, group in self._parameters if p.grad is not None]
-        mean = self._by_group([(group, _square(gradient)) for group, gradient in with_gradient]) / grad_scale**2
+        with_gradient = [(p, group, p.grad) for p, group in self._parameters if p.grad is not None]
+        squares = [square for p, group, gradient in with_gradient for square in self._squares(gradient, p, group)]
+        mean = self._by_group(squares) / grad_scale**2
+        if self._preconditioner is not None:
+            settled = self._preconditioner.is_settled((p for p, *_ in with_gradient), self._device)
+            mean[-1] = torch.where(settled, mean[-1], torch.nan)
         return GroupReading(weighted_sq_sum=self._sum, mean_grad_sq=mean)
 
     def close(self) -> None:
@@ -91,8 +113,15 @@ class GroupMeter:
         self._handles = []
         self._seen.clear()
 
-    def _see(self, gradient: Tensor, *, group: int) -> None:
-        self._seen.append((group, _square(gradient)))
+    def _see(self, gradient: Tensor, *, parameter: nn.Parameter, group: int | None) -> None:
+        self._seen += self._squares(gradient, parameter, group)
+
+    def _squares(self, gradient: Tensor, parameter: nn.Parameter, group: int | None) -> list[tuple[int, Tensor]]:
+        found = [] if group is None else [(group, _square(gradient))]
+        if self._preconditioner is not None:
+            weighed = self._preconditioner.root_times(gradient, parameter)
+            found.append((len(self.names) - 1, _square(weighed)))
+        return found
 
     def _by_group(self, squares: list[tuple[int, Tensor]]) -> Tensor:
         """Their sums by group: shape [groups]."""
@@ -115,3 +144,8 @@ def _square(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
     return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+
+
+def _unlike(groups: Iterable[str]) -> str:
+    """The preconditioned group's name, unlike those of ``groups``."""
+    return PRECONDITIONED if PRECONDITIONED not in groups else f"({PRECONDITIONED})"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from orchestrator.config import RunConfig
 from orchestrator.core.groups import GroupSums
 from orchestrator.measure.groups import GroupMeter, GroupReading, layers, parameter_groups
+from orchestrator.measure.preconditioner import AdamPreconditioner
 from orchestrator.ports import Collective
 from orchestrator.runtime.exchange import OwnStep
 from orchestrator.runtime.journal import Journal
@@ -54,10 +55,12 @@ class GroupNoise:
         collective: Collective,
         journal: Journal,
     ) -> None:
-        self._meter: GroupMeter | None = None
+        groups: dict[str, list[nn.Parameter]] = {}
         if config.measure.groups != "none":
             groups = layers(model, trained) if config.measure.groups == "layers" else parameter_groups(optimizer)
-            self._meter = GroupMeter(groups)
+        preconditioner = AdamPreconditioner(optimizer) if config.measure.preconditioned else None
+        wanted = bool(groups) or preconditioner is not None
+        self._meter = GroupMeter(groups, preconditioner=preconditioner) if wanted else None
         self._collective = collective
         self._journal = journal
         self._measured = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Odd(nn.Module):
 
 def train(rank: int, place: str, sections: dict[str, Any]) -> None:
     base: dict[str, Any] = {
-        "train": {"samples": 64 * 32, "max_grad_norm": 0.3, "find_unused_parameters": True},
+        "train": {"samples": 80 * 32, "max_grad_norm": 0.3, "find_unused_parameters": True},
         # 32 = 12 + 12 + 8: uneven, and of four ranks one takes none.
         "batch": {"initial": 32, "micro_batch": 12, "max": 32},
         "measure": {"groups": "layers"},
@@ -80,9 +81,29 @@ def test_groups_agree_on_one_two_and_four_ranks_one_of_which_has_nothing_to_do(t
     for world_size in (1, 2, 4):
         run_fleet(train, world_size, str(tmp_path / str(world_size)), {})
     alone = lines(tmp_path / "1")
-    assert len(alone) == 7
+    assert len(alone) == 9
     assert list(alone[0]["groups"]) == ["body.0", "body.3", "unused"]
     assert alone[-1]["groups"]["unused"]["trace_cov"] == 0.0
     assert alone[-1]["groups"]["body.3"]["verdict"] == "measured"
     for world_size in (2, 4):
         assert_alike(lines(tmp_path / str(world_size)), alone)
+
+
+@pytest.mark.dist
+def test_a_run_with_adam_has_one_preconditioned_noise_scale_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    sections = {
+        "optimizer": {"name": "adam", "lr": 1e-3, "momentum": None},
+        "measure": {"groups": "layers", "preconditioned": True},
+    }
+    for world_size in (1, 2):
+        run_fleet(train, world_size, str(tmp_path / str(world_size)), sections)
+    alone = lines(tmp_path / "1")
+    found = [row["groups"]["preconditioned"] for row in alone]
+    # The state is settled from step 50 on; decisions are taken at steps 7, 15, 23, ...
+    assert [entry["trace_cov"] is not None for entry in found] == [row["step"] >= 50 for row in alone]
+    for entry in found[6:]:
+        assert math.isfinite(entry["trace_cov"])
+        assert entry["trace_cov"] > 0
+    assert found[-1]["noise_scale"] > 0
+    assert found[-1]["verdict"] == "measured"  # by the 30 readings there are
+    assert_alike(lines(tmp_path / "2"), alone)

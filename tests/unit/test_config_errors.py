@@ -91,6 +91,8 @@ CASES = [
     added("unknown estimator", "measure.estimator", "ranks", "micro_batch"),
     added("nearly an estimator", "measure.estimator", "per_sample", "did you mean per_example?"),
     added("left out of micro-batches", "measure.leave_out", "[head]", "write estimator: per_example"),
+    added("unknown groups", "measure.groups", "layer", "did you mean layers?"),
+    added("a metric of another optimizer", "measure.preconditioned", "true", "adam, adamw"),
     added("unknown when", "workers.when", "alway", "did you mean always?"),
     # Kinds and units
     Case("thousands as k", "  initial: 10k", "batch.initial", '"10k"', "write 10000,", "  initial: 32", 7),

@@ -1,0 +1,61 @@
+"""In which metric does Adam see a gradient? Its diagonal preconditioner, as the steps before this one left it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import SessionError
+
+# The root of an average of n squares has a relative deviation of sqrt(1 / (2 n)), for normal gradients about zero:
+# a tenth at 50. Before that the metric moves so much from step to step that readings in it are not of one quantity.
+SETTLED_STEPS = 50
+
+
+@final
+class AdamPreconditioner:
+    """P = 1 / (sqrt(v_hat) + eps) of ``torch.optim.Adam`` or ``AdamW``, with v_hat the bias-corrected second moment.
+
+    The preconditioned noise scale measured with it is tr(P Sigma) / (G' P G), of the norms of P^(1/2) g: what
+    B_noise = tr(H Sigma) / (G' H G) becomes for the update P g if the curvature H is proportional to P^-1, since
+    tr(P H P Sigma) / (G' P H P G) is the general form. The other form in use, tr(P Sigma P) / |P G|^2 of the norms of
+    P g, assumes H proportional to the identity (AdaptDL; Qiao et al. 2021, Pollux, arXiv:2008.12260).
+
+    P must not know the gradients it weighs, else their squares are too small together with it: read during a step, the
+    optimizer's state is that of earlier data and the same for all micro-batches and ranks.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ``SessionError`` for another optimizer."""
+        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            raise SessionError(
+                f"measure.preconditioned needs torch.optim.Adam or AdamW, whose second moments weigh each coordinate "
+                f"by itself, and the optimizer is {type(optimizer).__name__}: remove measure.preconditioned"
+            )
+        self._optimizer = optimizer
+        # By number: loading a checkpoint puts other mappings into param_groups, and rules may change the betas.
+        self._group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def root_times(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+        """P^(1/2) ``gradient`` in at least float32; zero for a parameter that no step has moved yet."""
+        state = self._optimizer.state.get(parameter)
+        if not state:
+            return torch.zeros_like(gradient)
+        group = self._optimizer.param_groups[self._group_of[id(parameter)]]
+        square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        dtype = torch.promote_types(square.dtype, torch.float32)
+        correction = (1 - group["betas"][1] ** state["step"].double()).sqrt()  # in float32, 1 - 0.999 is off by 1e-5
+        root = square.to(dtype).sqrt() / correction.to(dtype)
+        return gradient.to(dtype) / (root + group["eps"]).sqrt()
+
+    def is_settled(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+        """Whether each of ``parameters`` has been moved ``SETTLED_STEPS`` times: 0-D bool, without waiting for it."""
+        states = [self._optimizer.state.get(parameter) for parameter in parameters]
+        if not all(states):
+            return torch.tensor(False, device=device)
+        counts = [state["step"].to(device, torch.float64) for state in states if state]
+        return torch.stack(counts).min() >= SETTLED_STEPS if counts else torch.tensor(False, device=device)
