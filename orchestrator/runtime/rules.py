@@ -16,8 +16,8 @@ from orchestrator.measure.estimators import find_estimator
 
 # The power of the batch that the LR's noise goes against (see ``policies.decay_to_growth``).
 NOISE_EXPONENTS: Mapping[str, float] = {
-    **dict.fromkeys(("sgd", "lars"), 1.0),
-    **dict.fromkeys(("adam", "adamw", "lamb", "lans"), 0.5),
+    **dict.fromkeys(("sgd", "lars", "clars", "vr_sgd"), 1.0),
+    **dict.fromkeys(("adam", "adamw", "lamb", "lans", "vr_adam", "vr_lamb"), 0.5),
 }
 
 
