@@ -71,8 +71,9 @@ class Completeness:
             raise MeasureError(
                 "measure.estimator reads gradients sample by sample from the layers' inputs and outputs, and these do "
                 f"not account for all of the gradient of {shown}: such a parameter is used past its module, as by "
-                "torch.nn.functional with module.weight, or in a function under torch.compile; call the module "
-                "itself, or name it in measure.leave_out, or write measure.estimator: micro_batch"
+                "torch.nn.functional with module.weight or in a function under torch.compile, or a hook changes its "
+                "gradient; call the module itself, or name all modules that hold it in measure.leave_out, or write "
+                "measure.estimator: micro_batch"
             )
 
     def _comparison(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:

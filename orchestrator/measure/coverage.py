@@ -116,12 +116,13 @@ def _rule_of(module: nn.Module, own: Mapping[str, nn.Parameter]) -> tuple[Rule |
 def _refusal(strange: Mapping[str, str]) -> str:
     known = ", ".join(kind.__name__ for kind in RULES)
     lines = [f"  {path or 'the model itself'}: {why}" for path, why in strange.items()]
+    paths = ", ".join(path or '""' for path in strange)
     return "\n".join(
         [
             "measure.estimator reads gradients sample by sample, and cannot in these modules:",
             *lines,
             f"  It knows {known}, and parameters in a module of these kinds. Put the parameters into such modules, or "
-            f"leave the modules out (measure.leave_out: [{', '.join(path or '...' for path in strange)}]), or write "
+            f"leave the modules out (measure.leave_out: [{paths}]), or write "
             "measure.estimator: micro_batch",
         ]
     )

@@ -106,6 +106,13 @@ RULES: Mapping[type[nn.Module], Rule] = {
 JOINED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # these know WEIGHT_AND_BIAS
 
 
+def has_samples(module: nn.Module, deltas: Tensor) -> bool:
+    """Whether the output has a dimension before those that the layer itself works on."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return deltas.dim() > len(module.normalized_shape)
+    return deltas.dim() > (1 + len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1)
+
+
 def _gain_and_shift(
     normalised: Callable[[], Tensor], deltas: Tensor, wanted: Collection[str], *, count: int
 ) -> dict[str, ExampleGradients]:

@@ -24,9 +24,15 @@ from orchestrator.errors import MeasureError
 from orchestrator.measure.completeness import Completeness
 from orchestrator.measure.coverage import Layer, cover, joined_names, refuse_mixing
 from orchestrator.measure.example_norms import ExampleGradients, squared_norms
+from orchestrator.measure.layers import has_samples
 from orchestrator.measure.meter import Reading
 from orchestrator.measure.norms import MeanGradient, sum_of_squares, widened
 from orchestrator.measure.taps import Taps
+
+_OTHERWISE = (
+    "give it inputs of [samples, ...] (what is alike for all samples, such as positions: expanded to all), or write "
+    "measure.leave_out: [{path}], or measure.estimator: micro_batch"
+)
 
 
 @final
@@ -34,7 +40,8 @@ class PerExampleMeter:
     """The ``Meter`` that compares samples; ``leave_out`` are paths of modules whose parameters are not measured.
 
     Raises ``MeasureError`` for a model that it cannot read: here, or at the first micro-batch, when the layers are
-    found not to account for the gradient, or a layer's first dimension not to be that of the samples.
+    found not to account for the gradient, or a layer's first dimension not to be that of the samples. (A dimension of
+    another meaning is seen by its length: one that happens to have the length of the micro-batch is not.)
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], *, leave_out: Sequence[str] = ()) -> None:
@@ -104,7 +111,12 @@ class PerExampleMeter:
 
     def _see(self, layer: Layer, inputs: Tensor, deltas: Tensor) -> None:
         """In the backward pass."""
-        self._first_dimensions.setdefault(deltas.shape[0] if deltas.dim() else 0, layer)
+        if not has_samples(layer.module, deltas):
+            raise MeasureError(
+                f"{layer.path} ({type(layer.module).__name__}) is called without a dimension for the samples: its "
+                f"output has the shape {list(deltas.shape)}; {_OTHERWISE.format(path=layer.path)}"
+            )
+        self._first_dimensions.setdefault(len(deltas), layer)
         alone = all(self._taps.calls[id(p)] == 1 for p in layer.parameters.values())
         proves = self._completeness.open
         names = self._alone[id(layer)] if alone and not proves else tuple(layer.parameters)
@@ -125,6 +137,5 @@ class PerExampleMeter:
             raise MeasureError(
                 f"{layer.path} ({type(layer.module).__name__}) has an output whose first dimension is {first}, in a "
                 f"micro-batch of {size} samples: the samples must lie along the first dimension, so that each one's "
-                "gradient can be told; give it inputs of [samples, ...] (positions that are alike for all samples: "
-                f"expanded to all), or write measure.leave_out: [{layer.path}], or measure.estimator: micro_batch"
+                f"gradient can be told; {_OTHERWISE.format(path=layer.path)}"
             )

@@ -53,7 +53,7 @@ class Taps:
                 self.calls.update(id(p) for p in layer.parameters.values())
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
-            inputs = args[0] if args else kwargs["input"]
+            (inputs,) = (*args, *kwargs.values())  # all layers with a rule take one
             kept: list[Any] = [_Kept.apply(self._anchor, inputs.detach()).grad_fn]
 
             def arrived(deltas: Tensor) -> None:

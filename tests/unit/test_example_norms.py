@@ -93,7 +93,9 @@ def test_convolution_of_images(drawn: tuple[nn.Module, Tensor]) -> None:
 @given(seed=whole(0, 99), n=whole(1, 4), t=whole(1, 6), padding=st.none() | whole(0, 4))
 def test_embedding(seed: int, n: int, t: int, padding: int | None) -> None:
     torch.manual_seed(seed)
-    holds(nn.Embedding(5, 3, padding_idx=padding), torch.randint(5, (n, t)))  # ids come twice in a sample
+    module = nn.Embedding(5, 3, padding_idx=padding)
+    nn.init.normal_(module.weight)  # the padding's row too: at zero, no gradient would arrive there
+    holds(module, torch.randint(5, (n, t)))  # ids come twice in a sample
 
 
 @settings(max_examples=15, deadline=None)
@@ -122,12 +124,13 @@ def test_group_norm(seed: int, groups: int, space: list[int]) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding tied to the output layer, a layer that is called twice, and one that two modules share."""
+    """An embedding tied to the output layer, layers that are called twice, and a weight of two convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(7, 6, padding_idx=0)
         self.again = nn.Linear(6, 6)
+        self.same = self.again  # one module by two names
         self.conv, self.twin = nn.Conv1d(6, 6, 3, padding=1, groups=2), nn.Conv1d(6, 6, 3, padding=1, groups=2)
         self.twin.weight = self.conv.weight
         self.norm = nn.LayerNorm(6)

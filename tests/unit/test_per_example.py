@@ -12,8 +12,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.errors import MeasureError
+from orchestrator.measure.coverage import Layer, cover
 from orchestrator.measure.norms import widened
 from orchestrator.measure.per_example import PerExampleMeter
+from orchestrator.measure.taps import Taps
 from orchestrator.tasks.digits import convnet
 from orchestrator.tasks.gpt import GPT, GPTShape
 from tests.unit.examples import one_by_one, read
@@ -197,6 +199,22 @@ def test_checkpointed_inputs_are_not_kept_until_the_backward_pass() -> None:
     assert measured - len(saved) == 2
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
+def test_a_layer_that_is_computed_again_is_not_counted_again(reentrant: bool) -> None:
+    # Counted twice, its factors would be held to the end of the micro-batch, for cross terms that there are not.
+    model = Checkpointed(reentrant=reentrant)
+    uses: dict[str, int] = {}
+
+    def see(layer: Layer, inputs: Tensor, deltas: Tensor) -> None:
+        uses[layer.path] = max(taps.calls[id(p)] for p in layer.parameters.values())
+
+    taps = Taps(cover(model, model.parameters()).layers, see)
+    taps.attach()
+    scores(model, torch.randn(4, 5)).backward()
+    taps.detach()
+    assert uses == {"first": 1, "blocks.0.0": 1, "blocks.0.2": 1, "blocks.1.0": 2, "blocks.1.2": 2, "last": 1}
+
+
 def test_parameters_and_whole_layers_that_a_pass_does_not_use_count_as_zero() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:
@@ -337,6 +355,45 @@ def test_a_layer_whose_first_dimension_is_not_that_of_the_samples_is_refused() -
     meter = PerExampleMeter(model, model.parameters())
     with pytest.raises(MeasureError, match=r"inner .*first dimension is 7, in a micro-batch of 4"):
         read(meter, model, [torch.randn(4, 7, 5)], scores)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(nn.Linear(3, 3), (3,)), (nn.Conv1d(3, 3, 1), (3, 4)), (nn.Conv2d(3, 3, 1), (3, 4, 4)), (nn.LayerNorm(3), (3,))],
+)
+def test_a_layer_that_is_called_without_samples_is_refused(module: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.ModuleDict({"all": nn.Linear(3, 3), "one": module})
+    meter = PerExampleMeter(model, model.parameters())
+    with pytest.raises(MeasureError, match=r"one \(.*without a dimension for the samples: .*leave_out: \[one\]"):
+        read(meter, model, [torch.randn(4, 3)], lambda m, x: m["all"](x).sum() + m["one"](torch.ones(shape)).sum())  # type: ignore[index]
+
+
+def test_inputs_may_be_given_by_name() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.RMSNorm(3)}).double()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model["b"](x=model["a"](input=batch)).tanh().sum(1).mean()  # type: ignore[index]
+
+    inputs = torch.randn(4, 5).double()
+    found = read(PerExampleMeter(model, model.parameters()), model, [inputs], loss)
+    assert found.weighted_sq_sum == pytest.approx(one_by_one(model, inputs, loss), rel=1e-9)
+
+
+def test_a_models_own_parameters_are_left_out_by_the_empty_path() -> None:
+    model, inputs = Free().double(), torch.randn(4, 5).double()
+    with pytest.raises(MeasureError, match=r'the model itself: .*shift(?s:.*)leave_out: \[""\]'):
+        PerExampleMeter(model, model.parameters())
+    meter = PerExampleMeter(model, model.parameters(), leave_out=[""])
+    truth = one_by_one(model, inputs, scores, of=model.inner.parameters())
+    assert read(meter, model, [inputs], scores).weighted_sq_sum == pytest.approx(truth, rel=1e-9)
+
+
+def test_leaving_out_one_of_two_modules_that_share_a_parameter_is_found_out() -> None:
+    model = gpt(tied=True)
+    meter = PerExampleMeter(model, model.parameters(), leave_out=["scores"])
+    with pytest.raises(MeasureError, match="all modules that hold it"):
+        read(meter, model, [text()], next_token)
 
 
 def test_a_second_pass_through_the_same_graph_is_refused() -> None:
