@@ -31,7 +31,7 @@ def make_plan(batch: int, *, world_size: int, micro_batch: int, generation: int,
 
     ``measurable`` asks for at least two micro-batches across the fleet, without which the noise cannot be read: a
     batch that fits into one is cut in half. It is off when the controller only advises or the batch is fixed, since
-    then the user's micro-batch must stay as it is.
+    then the user's micro-batch must stay as it is, unless the user asked for halves; and where samples are compared.
     """
     size = min(micro_batch, batch)
     if measurable and batch >= 2:

@@ -106,17 +106,24 @@ def test_autocast_with_a_loss_scale_agrees_to_the_precision_of_its_activations(
         assert found.weighted_sq_sum == pytest.approx(truth, rel=rel)
 
 
-def test_an_overflow_under_a_loss_scale_reads_as_not_finite_and_is_not_taken_for_an_incomplete_gradient() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-    meter = PerExampleMeter(model, model.parameters())
-    inputs = torch.randn(4, 4)
+@pytest.mark.parametrize("past", [False, True])
+def test_an_overflow_under_a_loss_scale_is_neither_taken_for_an_incomplete_gradient_nor_for_a_whole_one(
+    past: bool,
+) -> None:
+    free = Free(past=past)
+    model, inputs = nn.Sequential(free), torch.randn(4, 5)
+    meter = PerExampleMeter(model, [free.inner.weight])
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.float16):
             return scores(model, batch)
 
     assert not read(meter, model, [inputs], loss, amp_scale=1e9).grad_is_finite
-    assert read(meter, model, [inputs], loss).grad_is_finite
+    if past:
+        with pytest.raises(MeasureError, match="do not account"):
+            read(meter, model, [inputs], loss)
+    else:
+        assert read(meter, model, [inputs], loss).grad_is_finite
 
 
 def test_dropout_draws_what_it_draws_without_measuring_and_belongs_to_the_sample() -> None:
