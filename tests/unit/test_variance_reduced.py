@@ -118,6 +118,9 @@ def test_elements_without_a_gradient_or_without_noise_are_numbers() -> None:
     assert ratio[2] > 1e13  # no noise that float64 could tell
     # The third stands out so far that the fourth falls to the floor; the first is no part of it.
     assert belief(mean, mean_square, floor=0.1).tolist() == pytest.approx([1, 0.1, 1, 0.1])
+    # An element that is zero in every part is no part of the layer's mean: 0.5 and 1.5 have a mean of 1.
+    mean, variance = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), torch.tensor([0.0, 2.0, 2 / 3])
+    assert belief(mean, mean**2 + variance, floor=0.1).tolist() == pytest.approx([1, 0.5, 1])
     nothing = torch.zeros(3, dtype=torch.float64)
     assert belief(nothing, nothing, floor=0.1).tolist() == [1, 1, 1]
     assert belief(nothing, nothing + 1, floor=0.1).tolist() == pytest.approx([0.1] * 3)
