@@ -15,8 +15,9 @@ from orchestrator.optim import OPTIMIZERS
 from orchestrator.runtime.checkpoints import CheckpointStore
 from orchestrator.runtime.collective import Solo
 from orchestrator.session import Session
-from tests.support import blobs, config, mlp
-from tests.unit.parts import BATCH, LR, PART, PARTS, STEPS, by_hand, by_session, furthest, optimizer_of, settings
+from orchestrator.train import build_optimizer
+from tests.support import blobs, config, cross_entropy, mlp
+from tests.unit.parts import BATCH, LR, PART, PARTS, STEPS, by_hand, by_session, data, furthest, optimizer_of, settings
 from tests.unit.small_runs import rows_of, saved_steps
 from tests.unit.test_out_of_memory import Hungry
 
@@ -128,6 +129,20 @@ def test_a_config_and_an_optimizer_that_disagree_about_parts_are_refused(tmp_pat
     with pytest.raises(SessionError, match=r"part_samples is 8, and SGD does not ask.*PartsOptimizer"):
         Session(settings(tmp_path, "clars"), model=model, optimizer=sgd, dataset=blobs())
     assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_of_ones_own_is_given_the_parts_of_the_config(tmp_path: Path) -> None:
+    mine = {"name": "orchestrator.optim:CLARS", "trust": 0.001}  # by its path, as one that is imported from elsewhere
+    imported = settings(tmp_path / "imported", "clars", optimizer=mine, lr_rule={"name": "constant"})
+    model = mlp().double()
+    optimizer = build_optimizer(imported, model)
+    with Session(imported, model=model, optimizer=optimizer, dataset=data()) as session:
+        for step in session:
+            for samples in step:
+                session.backward(cross_entropy(session.model, samples))
+            session.step()
+    trained = [p.detach() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(trained, by_session(settings(tmp_path, "clars")), strict=True))
 
 
 def test_nothing_is_collected_for_an_optimizer_that_takes_no_parts(tmp_path: Path) -> None:
