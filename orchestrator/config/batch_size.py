@@ -11,7 +11,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from orchestrator.config.section import Broken, Section, default_of, name_of, refuse
 
 ESTIMATORS = ("micro_batch", "per_example", "split")
-MEASURED_POLICIES = ("noise_scale", "tradeoff", "norm_test", "goodput")  # these follow the noise scale
+MEASURED_POLICIES = (
+    "noise_scale",
+    "tradeoff",
+    "norm_test",
+    "goodput",
+    "expected_smoothness",
+)  # these follow the noise scale
 POLICIES = ("fixed", "schedule", "decay_to_growth", *MEASURED_POLICIES)
 PRECONDITIONED_OPTIMIZERS = ("adam", "adamw")  # that measure.preconditioned knows the metric of
 
@@ -23,11 +29,16 @@ _OWNERS: Mapping[str, str] = {
     "price_per_sample": "tradeoff",
     "theta": "norm_test",
     "objective": "goodput",
+    **dict.fromkeys(("smoothness", "max_smoothness", "strong_convexity", "accuracy"), "expected_smoothness"),
 }
 # Those of them without which the policy cannot be, and what is usual.
 _NEEDED: Mapping[str, str] = {
     "ramp": "write ramp: [[20000, 64], [40000, 128]], samples seen and batch",
     "theta": "write theta: 0.5, the largest part of the gradient's norm that may be noise",
+    "smoothness": "write the largest eigenvalue of the mean loss's Hessian",
+    "max_smoothness": "write the largest eigenvalue of one sample's Hessian; |x|^2 of a regression",
+    "strong_convexity": "write the smallest eigenvalue of the mean loss's Hessian; a ridge penalty at least",
+    "accuracy": "write the squared distance to the best weights that is near enough",
 }
 
 
@@ -125,7 +136,7 @@ class ControllerSection(Section):
         default="noise_scale",
         description="[name] fixed, schedule (the ramp), decay_to_growth (the batch grows where the LR schedule would "
         "decay), noise_scale, tradeoff (steps against samples), norm_test, goodput (samples a second x what they are "
-        "worth), or module:attribute",
+        "worth), expected_smoothness (fewest samples of a convex loss), or module:attribute",
     )
     every_samples: int = Field(default=1024, ge=1, description="[samples] between two decisions")
     lag_steps: int = Field(
@@ -174,6 +185,28 @@ class ControllerSection(Section):
         description="[ratio] policy norm_test: the gradient's noise is at most theta x its norm; target batch = "
         "noise scale / theta^2",
     )
+    smoothness: float | None = Field(
+        default_factory=default_of({}),
+        gt=0,
+        description="[loss per squared weight] policy expected_smoothness: of the mean loss, its Hessian's largest "
+        "eigenvalue",
+    )
+    max_smoothness: float | None = Field(
+        default_factory=default_of({}),
+        gt=0,
+        description="[loss per squared weight] policy expected_smoothness: the same of the worst single sample",
+    )
+    strong_convexity: float | None = Field(
+        default_factory=default_of({}),
+        gt=0,
+        description="[loss per squared weight] policy expected_smoothness: of the mean loss, its Hessian's smallest "
+        "eigenvalue",
+    )
+    accuracy: float | None = Field(
+        default_factory=default_of({}),
+        gt=0,
+        description="[squared weight] policy expected_smoothness: squared distance to the best weights to be reached",
+    )
     shrink: bool = Field(default=False, description="[true or false] whether the batch may become smaller again")
     ramp: Annotated[tuple[_RampEntry, ...], Field(strict=False)] | None = Field(
         default_factory=default_of({}),
@@ -203,7 +236,7 @@ class ControllerSection(Section):
             rule = f"policy {self.policy} does not use it"
             fix = f"remove it{f' and set {own}' if own else ''}, or write policy: noise_scale"
             broken.append(Broken(keys=("kappa", "policy"), value=self.kappa, rule=rule, fix=fix))
-        broken += self._price_rules()
+        broken += [*self._price_rules(), *self._smoothness_rules()]
         if any(a[0] >= b[0] for a, b in pairwise(ramp)):
             rule = "the ramp's samples must rise from one entry to the next"
             broken.append(Broken(keys=("ramp",), value=self.ramp, rule=rule, fix="put its entries in order"))
@@ -226,6 +259,15 @@ class ControllerSection(Section):
         key, other = ("price_per_sample", "price_per_worker_hour")[:: 1 if hour is None else -1]
         rule = f"only the ratio of the two prices counts, and {other} is missing"
         return [Broken(keys=(key, other), value=getattr(self, key), rule=rule, fix=f"give {other} as well")]
+
+    def _smoothness_rules(self) -> list[Broken]:
+        broken, rising = [], ("strong_convexity", "smoothness", "max_smoothness")
+        for low, high in pairwise(rising):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                rule = f"{low} is {least:g}, and no loss has less {high}"
+                broken.append(Broken(keys=(high, low), value=most, rule=rule, fix=f"write {least:g} or more"))
+        return broken
 
     @property
     def cost_weight(self) -> float:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 
 from orchestrator.core import preferences
+from orchestrator.core.expected_smoothness import ExpectedSmoothness
 from orchestrator.core.goodput import Goodput
 from orchestrator.core.planner import WorkerLimits
 from orchestrator.core.policy_inputs import LARGEST, Policy, PolicyInputs, keep, whole
@@ -37,6 +38,11 @@ class PolicySettings:
     exchange_rate: float | None = None  # tradeoff: samples that one saved step is worth; None: by the step times
     price_per_worker_hour: float | None = None  # tradeoff by the step times
     price_per_sample: float | None = None  # in the same money
+    smoothness: float | None = None  # expected_smoothness: these four, see there
+    max_smoothness: float | None = None
+    strong_convexity: float | None = None
+    accuracy: float | None = None
+    dataset_size: int = 1  # samples
     cost_weight: float = 0.0  # goodput: 0 time to 1 cost
     workers: WorkerLimits | None = None  # goodput: the fleets to choose from; None: the one there is
     theta: float | None = None  # norm_test: the noise over the gradient's norm that is let pass
@@ -127,12 +133,23 @@ def _tradeoff(settings: PolicySettings) -> Preferred:
     return always(preferences.tradeoff(settings.exchange_rate))
 
 
+def _expected_smoothness(settings: PolicySettings) -> ExpectedSmoothness:
+    return ExpectedSmoothness(
+        smoothness=settings.smoothness,
+        max_smoothness=settings.max_smoothness,
+        strong_convexity=settings.strong_convexity,
+        accuracy=settings.accuracy,
+        dataset_size=settings.dataset_size,
+    )
+
+
 # What each policy that follows the noise scale makes of it.
 PREFERENCES: Mapping[str, Callable[[PolicySettings], Preferred]] = {
     "noise_scale": lambda settings: always(preferences.proportional(settings.kappa)),
     "tradeoff": _tradeoff,
     "norm_test": lambda settings: always(preferences.norm_test(settings.theta)),
     "goodput": lambda settings: goodput_of(settings).preferred(),
+    "expected_smoothness": lambda settings: _expected_smoothness(settings).preferred(),
 }
 
 

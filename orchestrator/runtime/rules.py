@@ -31,7 +31,7 @@ def total_samples(config: RunConfig, *, dataset_size: int) -> int:
 
 def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
     """Raises ``TaskError`` when the data set is smaller than the batch the run begins with, and ``ConfigError`` for a
-    schedule that does not fit into the run."""
+    schedule or a policy that does not fit the run."""
     batch, control = config.batch, config.controller
     if dataset_size < batch.initial:
         raise TaskError(
@@ -39,7 +39,11 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
             f"a sample twice; set batch.initial to {dataset_size} or less, or bring more data"
         )
     act, estimator = control.mode == "act", find_estimator(config.measure.estimator)
-    policy = policy_settings(config, dataset_size=dataset_size)
+    settings = policy_settings(config, dataset_size=dataset_size)
+    try:
+        policy = build_policy(settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     total = total_samples(config, dataset_size=dataset_size)
     return Rules(
         total_samples=total,
@@ -51,14 +55,14 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         every_samples=control.every_samples,
         lag_steps=control.lag_steps,
         noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),
-        policy=build_policy(policy),
+        policy=policy,
         lr_rule=_lr_rule(config),
         schedule=_schedule(config, total=total),
         workers=_worker_limits(config),
         resize_when=config.workers.when,
         resize_cost_s=config.workers.resize_cost_s,
-        sees_clock=sees_clock(policy),
-        goodput=goodput_of(policy) if policy.name == "goodput" else None,
+        sees_clock=sees_clock(settings),
+        goodput=goodput_of(settings) if settings.name == "goodput" else None,
     )
 
 
@@ -71,6 +75,11 @@ def policy_settings(config: RunConfig, *, dataset_size: int) -> PolicySettings:
         exchange_rate=control.exchange_rate,
         price_per_worker_hour=control.price_per_worker_hour,
         price_per_sample=control.price_per_sample,
+        smoothness=control.smoothness,
+        max_smoothness=control.max_smoothness,
+        strong_convexity=control.strong_convexity,
+        accuracy=control.accuracy,
+        dataset_size=dataset_size,
         cost_weight=control.cost_weight,
         workers=None if config.workers.when == "never" else _worker_limits(config),
         theta=control.theta,

@@ -12,7 +12,17 @@ from orchestrator.types import NoiseStats, Verdict
 
 FLOOR, CEILING = 8, 4096
 RAMP = ((0, 8), (500, 64), (10**6, 4096))
-NEEDED = {"schedule": {"ramp": RAMP}, "norm_test": {"theta": 0.5}}
+NEEDED = {
+    "schedule": {"ramp": RAMP},
+    "norm_test": {"theta": 0.5},
+    "expected_smoothness": {
+        "smoothness": 4.0,
+        "max_smoothness": 40.0,
+        "strong_convexity": 0.1,
+        "accuracy": 10.0,
+        "dataset_size": CEILING,
+    },
+}
 # The number by which a policy turns noise scale into batch, and what it may be.
 positive = st.floats(1e-300, 1e300)
 KNOBS = {
@@ -20,6 +30,7 @@ KNOBS = {
     "tradeoff": ("exchange_rate", st.none() | positive),
     "norm_test": ("theta", positive),
     "goodput": ("cost_weight", st.floats(0, 1)),
+    "expected_smoothness": ("accuracy", positive),
 }
 
 batches = st.integers(FLOOR, CEILING)
@@ -46,7 +57,8 @@ def situations(draw, verdicts=tuple(Verdict)):
     if verdict is not Verdict.MEASURED and draw(st.booleans()):
         stats = NoiseStats(verdict=verdict, low=draw(st.none() | st.just(low)))
     else:
-        stats = NoiseStats(verdict=verdict, noise_scale=middle, low=low, high=high)
+        grad_sq = draw(st.none() | st.floats(1e-9, 1e9))
+        stats = NoiseStats(verdict=verdict, noise_scale=middle, low=low, high=high, grad_sq=grad_sq)
     return PolicyInputs(
         stats=stats,
         batch=draw(batches),
@@ -111,7 +123,7 @@ def test_without_a_signal_the_batch_is_kept(name, situation) -> None:
 @pytest.mark.parametrize("name", MEASURED)
 @given(low=st.none() | scales, verdict=st.sampled_from(Verdict), batch=batches, shrink=st.booleans())
 def test_an_interval_without_an_upper_end_moves_no_policy(name, low, verdict, batch, shrink) -> None:
-    stats = NoiseStats(verdict=verdict, noise_scale=low and 2 * low, low=low)
+    stats = NoiseStats(verdict=verdict, noise_scale=low and 2 * low, low=low, grad_sq=1.0)
     decision = policy(name, shrink=shrink)(PolicyInputs(stats=stats, batch=batch, samples_seen=10**9))
     assert decision.target_batch == batch
 
@@ -146,7 +158,8 @@ def test_growth_is_at_most_the_cap_and_is_paid_by_the_credit(name, situation) ->
 )
 def test_a_larger_noise_scale_never_asks_for_a_smaller_batch(name, batch, many, width, shrink: bool, steps) -> None:
     def target(scale: float) -> int:
-        stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=scale, low=scale / width, high=scale * width)
+        low, high = scale / width, scale * width
+        stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=scale, low=low, high=high, grad_sq=1.0)
         inputs = PolicyInputs(stats=stats, batch=batch, samples_seen=10**9, steps=steps)
         return policy(name, shrink=shrink)(inputs).target_batch
 

@@ -75,7 +75,8 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "schedule": "name warmup_samples start_fraction final_fraction milestones_samples gamma decay_samples",
         "lr_rule": "name exponent peak_batch floor",
         "controller": "mode policy every_samples lag_steps cooldown_samples deadband max_growth kappa exchange_rate "
-        "price_per_worker_hour price_per_sample objective theta shrink ramp half_life_samples confidence",
+        "price_per_worker_hour price_per_sample objective smoothness max_smoothness strong_convexity accuracy "
+        "theta shrink ramp half_life_samples confidence",
         "measure": "estimator every_steps groups preconditioned leave_out",
         "workers": "initial min max micro_batches_each when resize_cost_s cpus_per_worker gpus_per_worker threads",
         "data": "loader_workers prefetch pin_memory seed_each_sample",
@@ -210,6 +211,16 @@ def test_keys_of_other_policies_and_rules_are_absent_and_not_written(minimal: Pa
             ["controller.policy=tradeoff", "controller.price_per_worker_hour=2", "controller.price_per_sample=0"],
             "  price_per_worker_hour: 2.0\n  price_per_sample: 0.0\n",
         ),
+        (
+            [
+                "controller.policy=expected_smoothness",
+                "controller.smoothness=4",
+                "controller.max_smoothness=40",
+                "controller.strong_convexity=0.1",
+                "controller.accuracy=0.01",
+            ],
+            "  strong_convexity: 0.1\n  accuracy: 0.01\n",
+        ),
         (["controller.policy=goodput"], "  objective: time\n"),
         (["controller.policy=goodput", "controller.objective=cost"], "  objective: cost\n"),
         (["controller.policy=goodput", "controller.objective=0.25"], "  objective: 0.25\n"),
@@ -226,7 +237,7 @@ def test_what_a_policy_or_rule_needs_is_read_written_and_becomes_rules(minimal: 
     assert load_config(minimal) == config
     if "my.own" not in text:
         rules = rules_from(config, dataset_size=10**6)
-        stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=1e6, low=1e6, high=1e6)
+        stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=1e6, low=1e6, high=1e6, grad_sq=1.0)
         assert rules.policy(PolicyInputs(stats=stats, batch=32, samples_seen=0)).target_batch == 64
         assert rules.lr_rule(1.0, noise_scale=None, base_batch=32) == 1.0
 
