@@ -68,6 +68,7 @@ class RunConfig(Section):
                 *self._lr_rules(),
                 *self._decay_rules(),
                 *self._measure_rules(),
+                *self._time_rules(),
             ]
         )
         return self
@@ -192,4 +193,29 @@ class RunConfig(Section):
             fix = "write schedule.name: cosine, or step with milestones_samples and a gamma below 1"
             keys = ("schedule.name", "schedule.final_fraction", "schedule.gamma", policy)
             broken.append(Broken(keys=keys, value=schedule.name, rule=rule, fix=fix))
+        return broken
+
+    def _time_rules(self) -> list[Broken]:
+        """What a policy that goes by step times cannot go with."""
+        broken, controller, workers = [], self.controller, self.workers
+        by_times = controller.policy == "goodput" or (
+            controller.policy == "tradeoff" and controller.exchange_rate is None
+        )
+        if by_times and controller.mode == "advise":
+            rule = (
+                f"policy {controller.policy} learns from steps of different lengths what a step costs, and in mode "
+                "advise all are of one length"
+            )
+            fix = "write controller.mode: act" + (
+                ", or give controller.exchange_rate" if controller.policy == "tradeoff" else ", or another policy"
+            )
+            broken.append(Broken(keys=("controller.mode", "controller.policy"), value="advise", rule=rule, fix=fix))
+        stays = workers.when == "never" or workers.min == workers.max
+        if controller.policy == "goodput" and controller.cost_weight > 0 and stays:
+            rule = "the workers stay as they are, and then time and cost choose the same batch"
+            fix = (
+                "write controller.objective: time, or let workers.max be above workers.min (and workers.when not never)"
+            )
+            keys = ("controller.objective", "workers.max", "workers.min", "workers.when")
+            broken.append(Broken(keys=keys, value=controller.objective, rule=rule, fix=fix))
         return broken

@@ -220,7 +220,11 @@ def samples_to_target(problem: Problem, bounds: ExpectedSmoothness, *, batch: in
     ],
 )
 def test_on_real_data_the_policy_needs_hardly_more_samples_than_the_best_fixed_batch(make, part, within) -> None:
-    """The target is ``part`` of the squared distance at the start; fixed batches are powers of two, and all samples."""
+    """The target is ``part`` of the squared distance at the start; fixed batches are powers of two, and all samples.
+
+    Found: 1.07 times the best fixed batch on ridge, 1.27 on logistic regression. A coarser target ends before the
+    gradients have fallen to those at the optimum, and the policy overrates their noise: 1.7 at 0.02 on the latter.
+    """
     problem = make()
     bounds = ExpectedSmoothness(
         smoothness=problem.smoothness,

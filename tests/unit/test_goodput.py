@@ -251,6 +251,7 @@ def test_a_replay_of_a_runs_folder_decides_as_the_run_did_by_a_real_clock(tmp_pa
         tmp_path,
         train={"samples": 2560},
         batch={"initial": 8, "micro_batch": 4, "max": 64},
+        workers={"max": 2},
         controller=EAGER | {"policy": "goodput", "objective": 0.5, "half_life_samples": 256},
     )
     model = mlp()
