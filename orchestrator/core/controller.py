@@ -233,7 +233,6 @@ def decide(
     if not state.changed and _jumped(state.lr, lr):
         state = replace(state, last_change_samples=state.samples_seen)
     state = replace(state, guard=watched, changed=False, lr=lr, loss_sum=0.0, loss_samples=0)
-    lr_fraction = rules.schedule(state.samples_seen)
     decision = rules.policy(
         PolicyInputs(
             stats=stats,
@@ -241,8 +240,8 @@ def decide(
             samples_seen=state.samples_seen,
             last_change_samples=state.last_change_samples,
             credit=guard.credit(watched),
-            lr_fraction=lr_fraction,
-            peak_lr_fraction=max(state.peak_lr_fraction, lr_fraction),
+            lr_fraction=rules.schedule(state.samples_seen),
+            peak_lr_fraction=state.peak_lr_fraction,
             workers=state.world_size,
             steps=throughput.fit(state.timings) if rules.sees_clock else None,
         )

@@ -21,7 +21,7 @@ class PolicyInputs:
     last_change_samples: int | None = None
     credit: float | None = None
     lr_fraction: float = 1.0  # the LR schedule's factor for the next step
-    peak_lr_fraction: float = 1.0  # its highest so far
+    peak_lr_fraction: float = 1.0  # its highest at a step so far
     workers: int = 1  # that there are now
     steps: StepModel | None = None  # for time-dependent policies alone: what a step costs, once that can be told
 
