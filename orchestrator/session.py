@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from orchestrator.config import RunConfig
 from orchestrator.core import cursor
 from orchestrator.core.cursor import Stream
+from orchestrator.core.curvature import CurvatureStats
 from orchestrator.errors import CheckpointError, NonFiniteError, SessionError, TaskError
 from orchestrator.measure.estimators import find_estimator
 from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
+from orchestrator.runtime.curvature import Curvature, LossOf
 from orchestrator.runtime.exchange import Exchange, OwnStep
 from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
@@ -123,6 +125,15 @@ class Session:
             optimizer=optimizer,
             trained=self._update.trained,
             collective=self._collective,
+            journal=self._history.journal,
+        )
+        self._curvature = Curvature(
+            config,
+            model=self._replica.model,
+            parameters=self._update.trained,
+            dataset=dataset,
+            collate=collate,
+            worker=self.worker,
             journal=self._history.journal,
         )
         self._randomness = SampleRandomness(config.run.seed, self.worker.device)
@@ -248,6 +259,24 @@ class Session:
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write an evaluation's numbers to the run's folder."""
         self._history.journal.evaluation(metrics, step=self.step_number - 1, samples_seen=self.samples_seen)
+
+    @property
+    def curvature_due(self) -> bool:
+        """Whether the step just finished is one after which the config asks for the Hessian-weighted noise scale."""
+        finished = self._step is not None and self._step.finished and not self._curvature.is_refused
+        return finished and self._state.passed(self.config.measure.curvature_every_samples)
+
+    def measure_curvature(self, loss_of: LossOf) -> CurvatureStats | None:
+        """Collective. Measure it, on samples of its own, and write it to the run's folder as an event.
+
+        ``loss_of(model, batch)`` is the mean loss of a batch, computed with the plain module it is given. Training goes
+        on as if nothing had happened. ``None`` for a model whose loss cannot be differentiated twice: the reason is
+        written down, and ``curvature_due`` is false from then on.
+        """
+        # Their hooks would see the gradients computed here; the next step attaches them again.
+        self._meter.close()
+        self._groups.close()
+        return self._curvature.measure(loss_of, step=self.step_number - 1, samples_seen=self.samples_seen)
 
     def close(self) -> None:
         self._randomness.end()

@@ -43,6 +43,8 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
             for batch in step:
                 session.backward(partial(_loss, task, session.model, batch, config=config, worker=worker))
             session.step()
+            if session.curvature_due:
+                session.measure_curvature(partial(_loss, task, config=config, worker=worker))
             if session.evaluation_due:
                 session.record_evaluation(evaluate(task, model, config, worker))
     return session.finished

@@ -109,6 +109,12 @@ class MeasureSection(Section):
     preconditioned: bool = Field(
         default=False, description="[true or false] adam, adamw: also write the noise scale in the optimizer's metric"
     )
+    curvature_every_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="[samples] between two measurements of the noise scale weighted by the loss's Hessian; each costs "
+        "as much as some 300 micro-batches; null: never",
+    )
     leave_out: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
         description="[list of module paths] estimator per_example: what lies in these modules is trained and not "

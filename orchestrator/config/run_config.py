@@ -145,6 +145,13 @@ class RunConfig(Section):
             late("schedule.milestones_samples", times, f"the last milestone is never reached, {ends}", "remove it")
         if controller.ramp and controller.ramp[-1][0] >= total:
             late("controller.ramp", controller.ramp, f"the ramp's last entry is never reached, {ends}", "remove it")
+        curvature = self.measure.curvature_every_samples
+        if curvature is not None and curvature > total:
+            rule, fix = (
+                f"the first measurement is never reached, {ends}",
+                f"write {max(1, total // 4)}, or leave it out",
+            )
+            late("measure.curvature_every_samples", curvature, rule, fix)
         if controller.mode == "act" and controller.policy != "fixed" and controller.every_samples >= total:
             rule = f"the first decision is never reached, {ends}"
             fix = f"write {max(1, total // 16)}, or controller.policy: fixed"

@@ -297,6 +297,14 @@ CASES = [
     added("ramp that falls", "controller.ramp", "[[5, 128], [9, 64]]", "shrink: true", beside="policy: schedule"),
     added("ramp above the ceiling", "controller.ramp", "[[9, 1024]]", "batch.max", beside="policy: schedule"),
     # One key against the length of the run
+    Case(
+        "curvature beyond the end",
+        "  samples: 4000\nmeasure: {curvature_every_samples: 5000}",
+        "measure.curvature_every_samples",
+        "5000",
+        "write 1000, or leave it out",
+        "  epochs: 60",
+    ),
     Case("first batch takes all", "  samples: 20", "batch.initial", "32", "train.samples is 20", "  epochs: 60"),
     Case(
         "endless warm-up",
