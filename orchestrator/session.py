@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, final
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
 from orchestrator.core import cursor
+from orchestrator.core.companions import Jump, StepScale, second_moment_factor
 from orchestrator.core.cursor import Stream
 from orchestrator.core.curvature import CurvatureStats
 from orchestrator.errors import CheckpointError, NonFiniteError, SessionError, TaskError
@@ -33,6 +35,7 @@ from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
 from orchestrator.runtime.curvature import Curvature, LossOf
+from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.exchange import Exchange, OwnStep
 from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
@@ -40,7 +43,7 @@ from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
 from orchestrator.runtime.replica import Replica
 from orchestrator.runtime.rng import SampleRandomness
-from orchestrator.runtime.rules import rules_from
+from orchestrator.runtime.rules import companions_from, rules_from
 from orchestrator.runtime.run_state import RunState
 from orchestrator.runtime.step import Step, backward_seed, check_loss
 from orchestrator.runtime.transfer import move
@@ -82,7 +85,7 @@ class Session:
         _check_same_length(len(dataset), self._collective)
         rules = rules_from(config, dataset_size=len(dataset))
         self._total_samples = rules.total_samples
-        self._state = RunState(rules)
+        self._state = RunState(rules, ramp_samples=config.lr_rule.ramp_samples)
         self._replica = Replica(
             model,
             collective=self._collective,
@@ -96,7 +99,11 @@ class Session:
             max_grad_norm=config.train.max_grad_norm,
             device=self.worker.device,
             collective=self._collective,
+            base_batch=rules.base_batch,
+            companions=companions_from(config),
         )
+        half_life = config.train.ema_half_life_samples
+        self._ema = None if half_life is None else EmaWeights(model, half_life_samples=half_life)
         self._estimator = find_estimator(config.measure.estimator)
         self._meter = self._estimator.build(model, self._update.trained, config.measure)
         self._loader = PositionLoader(
@@ -117,6 +124,7 @@ class Session:
             rules=rules,
             dataset_size=len(dataset),
             scaler=grad_scaler,
+            ema=self._ema,
         )
         self._exchange = Exchange(self._collective, self._history, lag_steps=rules.lag_steps, act=rules.act)
         self._groups = GroupNoise(
@@ -142,7 +150,9 @@ class Session:
         self._stop_reason: str | None = None  # asked for on this rank
         self._stopped: str | None = None  # on all
         resumed = self._history.begin(resume=resume)
-        self._state.begin(step=resumed.step, samples_seen=resumed.samples_seen, pending=resumed.pending)
+        self._state.begin(
+            step=resumed.step, samples_seen=resumed.samples_seen, pending=resumed.pending, in_force=resumed.in_force
+        )
         self._adopt(resumed.now)
 
     # What the user's loop calls
@@ -170,7 +180,7 @@ class Session:
     @property
     def lr_factor(self) -> float:
         """What the base learning rates are multiplied by in the step at hand, computed afresh from the samples seen."""
-        return self._state.lr_factor(self._at_hand.plan.batch)
+        return self._state.scale(self._at_hand.plan.batch).lr
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
         """One item an optimizer step; each is an iterator over the micro-batches that this rank takes."""
@@ -194,6 +204,7 @@ class Session:
         same samples come again.
         """
         step = self._at_hand
+        self._check_own_weights()
         size, last = step.take_micro_batch()
         synchronises = last and self._collective.world_size > 1
         started = False
@@ -221,6 +232,7 @@ class Session:
     def step(self) -> None:
         """Update the weights on every rank, or on none; exchange what was measured when it is time."""
         step = self._at_hand
+        self._check_own_weights()
         step.check_complete(self.step_number)
         self._randomness.end()
         if step.done == 0 or step.rejected is not None:
@@ -228,12 +240,14 @@ class Session:
         reading = self._meter.read(grad_scale=step.loss_scale)
         if (step.rejected is not None or not reading.grad_is_finite) and not self._goes_on(step, reading):
             return
-        lr_factor = self.lr_factor
+        scale = self._state.scale(step.plan.batch)
         self._groups.read(grad_scale=step.loss_scale)
-        self._update.apply(lr_factor)
+        self._update.apply(scale)
         self._state.took(step.plan.batch)
+        if self._ema is not None:
+            self._ema.update(step.plan.batch, samples_seen=self.samples_seen)
         step.finished = True
-        own = self._own(step, reading, lr_factor)
+        own = self._own(step, reading, scale)
         self._hear(self._exchange.add(own, stop=self._stop_reason is not None))
         self._groups.add(own)
         if self.evaluation_due:
@@ -255,6 +269,18 @@ class Session:
         """Whether the step just finished is one after which the config asks for an evaluation."""
         finished = self._step is not None and self._step.finished
         return finished and (self._state.is_over or self._state.passed(self.config.evaluation.every_samples))
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Within it the model has the averaged weights of ``train.ema_half_life_samples``, for an evaluation::
+
+            if session.evaluation_due:
+                with session.ema_weights():
+                    session.record_evaluation(evaluate(session.model))
+
+        Without an average (the key is null) the model keeps its own. Buffers, such as BatchNorm's running means, are
+        the model's own in either case. Training within it is refused with ``SessionError``.
+        """
+        return nullcontext() if self._ema is None else self._ema.in_place()
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write an evaluation's numbers to the run's folder."""
@@ -299,6 +325,10 @@ class Session:
 
     # One step, in order
 
+    def _check_own_weights(self) -> None:
+        if self._ema is not None:
+            self._ema.check_not_in_place()
+
     @property
     def _at_hand(self) -> Step:
         if self._step is None:
@@ -340,7 +370,7 @@ class Session:
             if step.micro is not None:
                 raise SessionError("a micro-batch was passed over: call session.backward() once for each")
 
-    def _own(self, step: Step, reading: Reading, lr_factor: float) -> OwnStep:
+    def _own(self, step: Step, reading: Reading, scale: StepScale) -> OwnStep:
         """The step just taken, as this rank knows it."""
         before = self.samples_seen - step.plan.batch
         return OwnStep(
@@ -348,7 +378,7 @@ class Session:
             samples_seen=self.samples_seen,
             plan=step.plan,
             spans=[(before + offset, size) for offset, size in step.spans],
-            lr=self._update.base_lr * lr_factor,
+            lr=self._update.base_lr * scale.lr,
             parts=self._estimator.parts(step.plan),
             measured=step.measured,
             mean_grad_sq=reading.mean_grad_sq,
@@ -392,7 +422,11 @@ class Session:
         self._settle()
         self.finished = self._state.is_over
         path = self._history.end(
-            step=self.step_number, samples_seen=self.samples_seen, finished=self.finished, reason=self._stopped
+            step=self.step_number,
+            samples_seen=self.samples_seen,
+            in_force=self._state.in_force,
+            finished=self.finished,
+            reason=self._stopped,
         )
         if path is not None:
             self.worker.report_checkpoint(path)
@@ -400,7 +434,9 @@ class Session:
     def _checkpoint(self, *, why: str) -> str | None:
         self._settle()
         try:
-            return self._history.save(step=self.step_number, samples_seen=self.samples_seen, why=why)
+            return self._history.save(
+                step=self.step_number, samples_seen=self.samples_seen, in_force=self._state.in_force, why=why
+            )
         except CheckpointError as error:
             logger.warning("%s", error)
             return None
@@ -408,12 +444,25 @@ class Session:
     # What seldom happens
 
     def _adopt(self, apply: ApplyPlan) -> None:
-        self._state.adopt(apply)
+        jump = self._state.adopt(apply)
+        if jump is not None:
+            self._carry_over(jump)
         self._loader.set_course(
             cursor.steps(
                 apply.plan, self._collective.rank, position=self.samples_seen, total_samples=self._total_samples
             )
         )
+
+    def _carry_over(self, jump: Jump) -> None:
+        self._update.carry_over(jump)
+        if self.config.lr_rule.second_moment == "rescale":
+            factor = second_moment_factor(jump)
+            reason = f"averaged squares of the gradient x {factor:.4g}: batch {jump.old_batch} to {jump.new_batch}"
+            if jump.noise_scale is None:
+                reason = "averaged squares of the gradient left as they are: the noise scale is not known"
+            self._history.journal.event(
+                "second_moment", reason=reason, step=self.step_number, samples_seen=self.samples_seen, factor=factor
+            )
 
     def _give_up(self, step: Step, size: int) -> None:
         step.rejected = size // 2  # zero when not even one sample fits: all ranks are told before they give up

@@ -46,7 +46,8 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
             if session.curvature_due:
                 session.measure_curvature(partial(_loss, task, config=config, worker=worker))
             if session.evaluation_due:
-                session.record_evaluation(evaluate(task, model, config, worker))
+                with session.ema_weights():
+                    session.record_evaluation(evaluate(task, model, config, worker))
     return session.finished
 
 

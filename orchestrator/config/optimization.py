@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -40,6 +40,7 @@ LR_RULE_KEYS: Mapping[str, frozenset[str]] = {
     "noise_scale": frozenset({"exponent"}),
     "adascale": frozenset(),
     "surge": frozenset({"peak_batch", "floor"}),
+    "sde": frozenset(),
 }
 
 _ADAPTIVE = tuple(name for name, keys in OPTIMIZER_KEYS.items() if "betas" in keys)
@@ -191,8 +192,8 @@ class LrRuleSection(Section):
     name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
         default="auto",
         description="[name] auto (noise_scale for sgd, lars, clars, vr_sgd; sqrt for adam, adamw, lamb, lans, vr_adam, "
-        "vr_lamb), constant, linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, or "
-        "module:attribute",
+        "vr_lamb), constant, linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, sde "
+        "(sqrt, with betas and eps that follow: adam, adamw), or module:attribute",
     )
     exponent: float | None = Field(
         default_factory=default_of({"noise_scale": 1.0}),
@@ -211,10 +212,33 @@ class LrRuleSection(Section):
         le=1,
         description="[fraction] surge: of the rate at peak_batch that is kept however far the batch is above it",
     )
+    ramp_samples: int = Field(
+        default=0,
+        ge=0,
+        description="[samples] after a change of the batch the rate goes to its new value over so many; 0: at once",
+    )
+    in_samples: Annotated[tuple[Literal["momentum", "betas", "weight_decay"], ...], Field(strict=False)] = Field(
+        default=(),
+        description="[list of names, samples] what keeps its meaning per sample at any batch: momentum (sgd, lars), "
+        "betas (adam, adamw, lamb, lans), weight_decay (adamw)",
+    )
+    second_moment: Literal["keep", "rescale"] = Field(
+        default="keep",
+        description="[name] at a change of the batch: keep, or rescale what adam, adamw and lamb average of squared "
+        "gradients to the new batch's noise; where the batch shrinks, this or ramp_samples spares steps too large",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> LrRuleSection:
-        broken = foreign_keys(self, "lr_rule", LR_RULE_KEYS, common=frozenset({"name"}))
+        common = frozenset({"name", "ramp_samples", "in_samples", "second_moment"})
+        broken = foreign_keys(self, "lr_rule", LR_RULE_KEYS, common=common)
+        if len(set(self.in_samples)) < len(self.in_samples):
+            rule, fix = "a name is given twice", f"write [{', '.join(dict.fromkeys(self.in_samples))}]"
+            broken.append(Broken(keys=("in_samples",), value=self.in_samples, rule=rule, fix=fix))
+        if self.name == "sde" and "betas" in self.in_samples:
+            rule = "lr_rule sde brings betas of its own, which follow the batch"
+            fix = "take betas out of in_samples, or write lr_rule.name: sqrt, which goes with betas in samples"
+            broken.append(Broken(keys=("in_samples", "name"), value=self.in_samples, rule=rule, fix=fix))
         if self.name == "power" and self.exponent is None:
             rule, fix = "lr_rule power needs its exponent", "between 0.5 (as sqrt does) and 1.0 (as linear does)"
             broken.append(Broken(keys=("exponent", "name"), value=None, rule=rule, fix=fix))

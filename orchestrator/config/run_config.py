@@ -21,6 +21,7 @@ from orchestrator.config.execution import CheckpointSection, DataSection, Recove
 from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
 from orchestrator.config.section import Broken, Section, refuse
 from orchestrator.config.training import EvaluationSection, RunSection, TaskSection, TrainSection
+from orchestrator.core.companions import IN_SAMPLES, RESCALED_OPTIMIZERS, SDE_OPTIMIZERS, largest_batch
 
 
 class RunConfig(Section):
@@ -152,6 +153,8 @@ class RunConfig(Section):
                 f"write {max(1, total // 4)}, or leave it out",
             )
             late("measure.curvature_every_samples", curvature, rule, fix)
+        if self.lr_rule.ramp_samples >= total:
+            late("lr_rule.ramp_samples", self.lr_rule.ramp_samples, f"the ramp never ends, {ends}", "write less")
         if controller.mode == "act" and controller.policy != "fixed" and controller.every_samples >= total:
             rule = f"the first decision is never reached, {ends}"
             fix = f"write {max(1, total // 16)}, or controller.policy: fixed"
@@ -167,13 +170,45 @@ class RunConfig(Section):
         return [Broken(keys=("measure.preconditioned", "optimizer.name"), value=True, rule=rule, fix=fix)]
 
     def _lr_rules(self) -> list[Broken]:
-        if self.lr_rule.name != "auto" or self.optimizer.name in OPTIMIZER_KEYS:
+        rule, optimizer, broken = self.lr_rule, self.optimizer.name, []
+        # With decay_to_growth naming a rule would not help; see below.
+        if rule.name == "auto" and optimizer not in OPTIMIZER_KEYS and self.controller.policy != "decay_to_growth":
+            why = f"auto chooses by the optimizer's family, and that of {optimizer} is not known"
+            fix = "name the rule: linear suits sgd-like optimizers, sqrt suits adam-like ones"
+            broken.append(Broken(keys=("lr_rule.name", "optimizer.name"), value="auto", rule=why, fix=fix))
+        if rule.name == "sde":
+            broken += self._sde_rules()
+        for setting in rule.in_samples:
+            if optimizer not in IN_SAMPLES[setting]:
+                why = f"{setting} is not defined in samples for {optimizer}"
+                if setting == "weight_decay" and optimizer in OPTIMIZER_KEYS:
+                    why += ", whose decay is part of the gradient or of the layer's step"
+                fix = f"take it out of the list, or use {', '.join(IN_SAMPLES[setting])}"
+                keys = ("lr_rule.in_samples", "optimizer.name")
+                broken.append(Broken(keys=keys, value=rule.in_samples, rule=why, fix=fix))
+        if rule.second_moment == "rescale" and optimizer not in RESCALED_OPTIMIZERS:
+            why = f"{optimizer} has no average of squared gradients that is known to follow the batch's noise"
+            if optimizer == "lans":
+                why = "lans averages squares of gradients brought to length one, which do not grow with the noise"
+            fix = f"write second_moment: keep, or use {', '.join(RESCALED_OPTIMIZERS)}"
+            keys = ("lr_rule.second_moment", "optimizer.name")
+            broken.append(Broken(keys=keys, value=rule.second_moment, rule=why, fix=fix))
+        return broken
+
+    def _sde_rules(self) -> list[Broken]:
+        optimizer, batch = self.optimizer, self.batch
+        if optimizer.name not in SDE_OPTIMIZERS:
+            rule = f"sde is derived for {' and '.join(SDE_OPTIMIZERS)}, and the optimizer is {optimizer.name}"
+            fix = "write lr_rule.name: sqrt for adam-like optimizers, noise_scale for sgd-like ones"
+            return [Broken(keys=("lr_rule.name", "optimizer.name"), value="sde", rule=rule, fix=fix)]
+        assert optimizer.betas is not None, "adam and adamw have betas"
+        largest = largest_batch(optimizer.betas, base_batch=batch.initial)
+        if largest is None or batch.max <= largest:
             return []
-        if self.controller.policy == "decay_to_growth":
-            return []  # naming a rule would not help there; see below
-        rule = f"auto chooses by the optimizer's family, and that of {self.optimizer.name} is not known"
-        fix = "name the rule: linear suits sgd-like optimizers, sqrt suits adam-like ones"
-        return [Broken(keys=("lr_rule.name", "optimizer.name"), value="auto", rule=rule, fix=fix)]
+        rule = f"lr_rule sde needs batch.max / batch.initial x (1 - beta) < 1 for betas {list(optimizer.betas)}"
+        fix = f"write {largest} or less, or lr_rule.name: sqrt with in_samples: [betas], which has no such limit"
+        keys = ("batch.max", "batch.initial", "optimizer.betas", "lr_rule.name")
+        return [Broken(keys=keys, value=batch.max, rule=rule, fix=fix)]
 
     def _decay_rules(self) -> list[Broken]:
         """What decay_to_growth cannot go with: it moves the learning rate and the batch as one."""

@@ -88,6 +88,11 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="[name] fp32, or bf16 for automatic mixed precision in bfloat16"
     )
+    ema_half_life_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="[samples] evaluate with an average of the weights that fades by half over so many; null: without",
+    )
     find_unused_parameters: bool = Field(
         default=False, description="[true or false] whether a step may leave parameters without a gradient; slower"
     )

@@ -53,8 +53,8 @@ def linear() -> Rule:
 def sqrt() -> Rule:
     """Factor sqrt(ratio), for Adam and its kin.
 
-    Malladi et al. 2022, arXiv:2205.10287: derived for noise-dominated gradients; their rule also changes betas and
-    epsilon, which this does not.
+    Malladi et al. 2022, arXiv:2205.10287: derived for noise-dominated gradients; their rule, ``sde``, also changes
+    betas and epsilon, which this does not.
     """
 
     def factor(ratio: float, *, noise_scale: float | None, base_batch: int) -> float:
@@ -62,6 +62,16 @@ def sqrt() -> Rule:
         return math.sqrt(ratio)
 
     return factor
+
+
+def sde() -> Rule:
+    """Factor sqrt(ratio), with betas and epsilon that follow (``core/companions.py``); for Adam and AdamW alone.
+
+    The whole square-root rule of Malladi et al. 2022, arXiv:2205.10287. It needs ratio (1 - beta) < 1 for both betas,
+    which the config checks. Not for LAMB and LANS: they divide the step by its own length, and shorter memories
+    lengthen it, so the root would no longer be the right factor.
+    """
+    return sqrt()
 
 
 def power(exponent: float) -> Rule:
@@ -84,7 +94,8 @@ def noise_scale(exponent: float = 1.0) -> Rule:
 
     The optimal step of McCandlish et al. 2018, arXiv:1812.06162, equation 2.6, and with exponent 1 the gain of
     AdaScale (Johnson et al. 2020, arXiv:2007.05105), ``adascale`` in a config: linear while S is far above the batch,
-    flat once it is below. For Adam McCandlish et al. fit exponents between 0.5 and 1.
+    flat once it is below. This is the global form, one gain from the noise scale of all parameters; the form with one
+    gain per parameter group is not offered. For Adam McCandlish et al. fit exponents between 0.5 and 1.
 
     Without a noise scale the factor is 1, that of the limit S = 0: a larger LR is not risked on a number that is not
     known. Raises ``ValueError`` for an exponent outside 0 to 1.
@@ -217,6 +228,7 @@ LR_RULES: Mapping[str, RuleFactory] = {
     "noise_scale": _build_noise_scale,
     "adascale": lambda settings: noise_scale(1.0),
     "surge": _build_surge,
+    "sde": lambda settings: sde(),
 }
 
 _USERS: Mapping[str, tuple[str, ...]] = {  # of each setting, the rules

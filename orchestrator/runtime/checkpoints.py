@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -54,8 +54,16 @@ class CheckpointStore:
         self._keep = keep
         self._collective = collective
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, meta: Mapping[str, Any]) -> Path:
-        """Write one checkpoint. ``meta`` is plain data, read from rank zero only.
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        meta: Mapping[str, Any],
+        ema: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write one checkpoint. ``meta`` is plain data, read from rank zero only; ``ema``: averaged weights by name.
 
         Raises ``CheckpointError`` on every rank when it could not be written; older checkpoints are untouched.
         """
@@ -63,7 +71,7 @@ class CheckpointStore:
         partial = self._folder / f".step-{step:09d}.partial"
         problem = self._on_rank_zero(lambda: _make_empty(partial))
         if problem is None:
-            problem = self._write_tensors(model, optimizer, partial)
+            problem = self._write_tensors(model, optimizer, partial, ema)
         if problem is None:
             problem = self._on_rank_zero(lambda: _commit(partial, final_path, meta))
         if problem is not None:
@@ -76,12 +84,14 @@ class CheckpointStore:
         return final_path
 
     def load_latest(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None = None
     ) -> tuple[Path | None, dict[str, Any], tuple[Fault, ...]]:
         """Load the newest checkpoint that is whole: its path, its metadata, and those that were passed over.
 
+        Tensors are loaded into those of ``ema`` too, if it is given.
+
         ``(None, {}, ())`` when there is none at all. Raises ``CheckpointError`` when every one is broken, or when
-        the model or the optimizer does not fit.
+        the model, the optimizer or ``ema`` does not fit.
         """
         chosen, faults = self._collective.share(_choose(self._folder) if self._collective.rank == 0 else None)
         if chosen is None:
@@ -93,7 +103,7 @@ class CheckpointStore:
             json.loads((chosen / _META).read_text()) if self._collective.rank == 0 else None
         )
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state: dict[str, Any] = _tree(model_state, optimizer_state, ema)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
@@ -110,7 +120,9 @@ class CheckpointStore:
     def path_of(self, step: int) -> Path:
         return self._folder / f"step-{step:09d}"
 
-    def _write_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> str | None:
+    def _write_tensors(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, ema: Mapping[str, Tensor] | None
+    ) -> str | None:
         fresh = not optimizer.state
         model_state, optimizer_state = get_state_dict(model, optimizer)
         if fresh:
@@ -123,7 +135,7 @@ class CheckpointStore:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
                 state_dict_saver.save(
-                    {"model": model_state, "optimizer": optimizer_state},
+                    _tree(model_state, optimizer_state, ema),
                     checkpoint_id=path,
                     no_dist=self._collective.world_size == 1,
                 )
@@ -201,6 +213,12 @@ def verify(path: Path) -> str | None:
     except (OSError, ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _tree(model_state: Any, optimizer_state: Any, ema: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """What is saved and loaded, as one tree."""
+    tree = {"model": model_state, "optimizer": optimizer_state}
+    return tree if ema is None else tree | {"ema": dict(ema)}
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:

@@ -20,21 +20,26 @@ from torch import nn
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.core import codec
 from orchestrator.core.controller import Rules
+from orchestrator.core.ramp import InForce, Ramp
 from orchestrator.errors import CheckpointError, RunFolderError, StorageError
 from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.checkpoints import CheckpointStore
+from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.journal import FinishedStep, Journal
 from orchestrator.runtime.rng import restore_rng, save_rng
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import (
     ApplyPlan,
     Event,
+    Target,
 )
 
 logger = logging.getLogger(__name__)
+
+_IN_FORCE_TYPES: Mapping[str, type] = {cls.__name__: cls for cls in (InForce, Ramp, Target)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,7 @@ class Resumed:
     samples_seen: int
     now: ApplyPlan
     pending: ApplyPlan | None
+    in_force: InForce | None  # with the last step of the checkpoint
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -63,8 +69,10 @@ class History:
         rules: Rules,
         dataset_size: int,
         scaler: torch.amp.GradScaler | None = None,
+        ema: EmaWeights | None = None,
     ) -> None:
         self._config = config
+        self._ema = None if ema is None else ema.tensors
         self._scaler = scaler
         self._worker = worker
         self._model = model
@@ -100,16 +108,17 @@ class History:
 
     def _resume_or_start(self) -> Resumed:
         self._check_shared()
-        path, meta, faults = self._store.load_latest(self._model, self._optimizer)
+        path, meta, faults = self._store.load_latest(self._model, self._optimizer, self._ema)
         for fault in faults:
             reason = f"{fault.path}: {fault.why}; the one before it is used"
             self.journal.event("checkpoint_passed_over", reason=reason, step=None, samples_seen=None)
-        record, step, samples_seen = BrainRecord(), 0, 0
+        record, step, samples_seen, in_force = BrainRecord(), 0, 0, None
         if path is not None:
             try:
                 self._refuse_another_run(meta, path)
                 step, samples_seen, self._saved_step = meta["step"], meta["samples_seen"], meta["step"]
                 record = BrainRecord(state=meta["controller"], tail=codec.decode(meta["controller_tail"], STATE_TYPES))
+                in_force = codec.decode(meta["in_force"], _IN_FORCE_TYPES)
                 self.journal.remember(meta)
                 restore_rng(meta["rng"])
                 if self._scaler is not None and meta["scaler"] is not None:
@@ -135,7 +144,9 @@ class History:
         assert welcome is not None, "rank zero has a brain"
         if zero:
             self.journal.started(welcome, self._model, checkpoint=path, step=step, samples_seen=samples_seen)
-        return Resumed(step=step, samples_seen=samples_seen, now=welcome.now, pending=welcome.pending)
+        return Resumed(
+            step=step, samples_seen=samples_seen, now=welcome.now, pending=welcome.pending, in_force=in_force
+        )
 
     def speak(self, said: Announcement, *, decided_at: Sequence[int], rest_steps: int) -> Announcement:
         """Rank zero's announcement: the decisions that are due, and what was asked meanwhile.
@@ -188,7 +199,7 @@ class History:
         )
         return welcome
 
-    def save(self, *, step: int, samples_seen: int, why: str) -> str:
+    def save(self, *, step: int, samples_seen: int, in_force: InForce | None, why: str) -> str:
         """Collective. Write a checkpoint of the state before ``step``; raises ``CheckpointError`` on every rank."""
         if self._saved_step == step:
             return str(self._store.path_of(step))
@@ -207,12 +218,13 @@ class History:
                 "world_size": self._worker.world_size,
                 "controller": record.state,
                 "controller_tail": codec.encode(record.tail),
+                "in_force": codec.encode(in_force),
                 **self.journal.memory(),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "rng": save_rng(),
             }
         try:
-            path = self._store.save(self._model, self._optimizer, step=step, meta=meta)
+            path = self._store.save(self._model, self._optimizer, step=step, meta=meta, ema=self._ema)
         except CheckpointError as error:
             self.journal.event("checkpoint_failed", reason=str(error), step=step, samples_seen=samples_seen)
             raise
@@ -228,9 +240,12 @@ class History:
         if self.journal.is_open:
             self._brain.hold_failed()
 
-    def end(self, *, step: int, samples_seen: int, finished: bool, reason: str | None) -> str | None:
+    def end(
+        self, *, step: int, samples_seen: int, in_force: InForce | None, finished: bool, reason: str | None
+    ) -> str | None:
         """Collective. Save the end state and say how the run ended."""
-        path = self.save(step=step, samples_seen=samples_seen, why="the end" if finished else "stopped")
+        why = "the end" if finished else "stopped"
+        path = self.save(step=step, samples_seen=samples_seen, in_force=in_force, why=why)
         self.journal.advice(step=step, samples_seen=samples_seen)
         if finished:
             self.journal.event("finished", reason=f"{samples_seen} samples seen", step=step, samples_seen=samples_seen)

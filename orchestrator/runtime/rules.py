@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.config import RunConfig
+from orchestrator.core.companions import Companions
 from orchestrator.core.controller import Rules
 from orchestrator.core.lr_rules import Rule, build_rule
 from orchestrator.core.noise import NoiseSettings
@@ -121,3 +122,14 @@ def _schedule(config: RunConfig, *, total: int) -> Schedule:
         return build_schedule(ScheduleSettings(**config.schedule.settings()), total_samples=total)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def companions_from(config: RunConfig) -> Companions:
+    """What of the config's optimizer follows the batch beside the learning rate."""
+    rule = config.lr_rule
+    return Companions(
+        in_samples=frozenset(rule.in_samples),
+        sde=rule.name == "sde",
+        rescale_second_moment=rule.second_moment == "rescale",
+        lr_in_buffer=config.optimizer.name == "lars",
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import final
 
 from orchestrator.core import cursor
+from orchestrator.core.companions import Jump, StepScale
 from orchestrator.core.controller import Rules, is_decision_point
-from orchestrator.types import ApplyPlan, BatchPlan, Target
+from orchestrator.core.ramp import InForce, Ramp
+from orchestrator.types import ApplyPlan, BatchPlan
 
 
 @final
@@ -16,18 +18,29 @@ class RunState:
     step: int
     samples_seen: int
     plan: BatchPlan
-    target: Target
+    in_force: InForce | None  # from the first plan on
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, *, ramp_samples: int) -> None:
         self._rules = rules
         self.next: ApplyPlan | None = None
+        self._ramp_samples = ramp_samples
         self._last_batch = 0
 
-    def begin(self, *, step: int, samples_seen: int, pending: ApplyPlan | None) -> None:
-        self.step, self.samples_seen, self.next = step, samples_seen, pending
+    def begin(self, *, step: int, samples_seen: int, pending: ApplyPlan | None, in_force: InForce | None) -> None:
+        """``in_force`` is that of the checkpoint, for a plan that changes the batch just there is a jump as well."""
+        self.step, self.samples_seen, self.next, self.in_force = step, samples_seen, pending, in_force
 
-    def adopt(self, apply: ApplyPlan) -> None:
-        self.plan, self.target = apply.plan, apply.target
+    def adopt(self, apply: ApplyPlan) -> Jump | None:
+        """Train by this plan from here on; the jump, if its target batch is another one than before."""
+        before, self.plan = self.in_force, apply.plan
+        if before is None or before.target.batch == apply.target.batch:
+            self.in_force = InForce(target=apply.target, ramp=None if before is None else before.ramp)
+            return None
+        ramp = None
+        if self._ramp_samples:
+            ramp = Ramp(start_factor=self._rule(before, before.target.batch), start_samples=self.samples_seen)
+        self.in_force = InForce(target=apply.target, ramp=ramp)
+        return Jump(old_batch=before.target.batch, new_batch=apply.target.batch, noise_scale=apply.target.noise_scale)
 
     def due(self) -> ApplyPlan | None:
         """The next plan, if its step has come; it is handed out once."""
@@ -40,11 +53,22 @@ class RunState:
         """The plan in force, cut to what is left of the run."""
         return cursor.last_plan(self.plan, remaining=self._rules.total_samples - self.samples_seen)
 
-    def lr_factor(self, batch: int) -> float:
-        """What the base learning rates are multiplied by in a step of ``batch`` samples that begins here."""
+    def scale(self, batch: int) -> StepScale:
+        """What becomes of the optimizer's base settings in a step of ``batch`` samples that begins here."""
+        assert self.in_force is not None, "a plan was adopted"
+        return StepScale(
+            ratio=batch / self._rules.base_batch,
+            rule=self._rule(self.in_force, batch),
+            schedule=self._rules.schedule(self.samples_seen),
+        )
+
+    def _rule(self, by: InForce, batch: int) -> float:
+        """The rule's factor at this point of the run, on the ramp if there is one."""
         base = self._rules.base_batch
-        rule = self._rules.lr_rule(batch / base, noise_scale=self.target.noise_scale, base_batch=base)
-        return self._rules.schedule(self.samples_seen) * rule
+        goal = self._rules.lr_rule(batch / base, noise_scale=by.target.noise_scale, base_batch=base)
+        if by.ramp is None:
+            return goal
+        return by.ramp.factor(goal, samples_seen=self.samples_seen, length_samples=self._ramp_samples)
 
     def took(self, batch: int) -> None:
         """A step of ``batch`` samples was taken."""

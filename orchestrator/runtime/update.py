@@ -1,16 +1,17 @@
-"""How are the weights updated? Learning rates, AMP scaling, clipping and the parts of a batch around the optimizer."""
+"""How are the weights updated? Settings that follow the batch, AMP, clipping and its parts around the optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import SessionError
+from orchestrator.core.companions import Companions, Jump, StepScale
+from orchestrator.errors import ConfigError, SessionError
 from orchestrator.measure.parts import PartMeter
 from orchestrator.optim import PartsOptimizer
 from orchestrator.ports import Collective
@@ -18,10 +19,11 @@ from orchestrator.ports import Collective
 
 @final
 class WeightUpdate:
-    """The learning rates found in ``optimizer`` are the base that ``apply`` multiplies.
+    """The settings found in ``optimizer``'s groups are the base that ``apply`` computes a step's from.
 
     ``parameters`` are the model's; ``trained`` those of them that the optimizer updates. An optimizer that takes the
-    parts of a batch is given them; for any other nothing is collected.
+    parts of a batch is given them; for any other nothing is collected. Raises ``ConfigError`` when a group lacks a
+    setting that ``companions`` move.
     """
 
     def __init__(
@@ -33,6 +35,8 @@ class WeightUpdate:
         max_grad_norm: float | None,
         device: torch.device,
         collective: Collective,
+        base_batch: int,
+        companions: Companions,
     ) -> None:
         self.scaler = scaler
         if scaler is not None:
@@ -47,12 +51,15 @@ class WeightUpdate:
             self._parts = PartMeter(
                 self.trained, of_part=optimizer.of_part, shape_of=optimizer.shape_of, degree=optimizer.degree
             )
-        self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self._base_batch = base_batch
+        self._companions = companions
+        self._base = [_settings(group, companions, number) for number, group in enumerate(optimizer.param_groups)]
 
     @property
     def base_lr(self) -> float:
         """Of the first parameter group, which stands for all where one number is shown."""
-        return self._base_lrs[0]
+        lr: float = self._base[0]["lr"]
+        return lr
 
     @property
     def loss_scale(self) -> float:
@@ -69,13 +76,14 @@ class WeightUpdate:
         """Around a micro-batch's backward pass; its ``share`` of the step's samples, and what its loss is times."""
         return nullcontext() if self._parts is None else self._parts.part(share=share, loss_scale=loss_scale)
 
-    def apply(self, lr_factor: float) -> None:
+    def apply(self, scale: StepScale) -> None:
         """Collective with an optimizer that takes the parts of a batch."""
-        for group, base in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(base * lr_factor)
-            else:
-                group["lr"] = base * lr_factor
+        for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
+            for key, value in self._companions.settings(base, scale).items():
+                if isinstance(group[key], Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
         clipped: float | Tensor = 1.0
@@ -95,6 +103,17 @@ class WeightUpdate:
     def close(self) -> None:
         if self._parts is not None:
             self._parts.close()
+
+    @torch.no_grad()
+    def carry_over(self, jump: Jump) -> None:
+        """Restate the optimizer's state for the new batch; to be called once, before the first step that has it."""
+        for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
+            factors = self._companions.state_factors(base, jump, base_batch=self._base_batch)
+            for parameter in group["params"]:
+                state = self._optimizer.state.get(parameter, {})
+                for key in factors.keys() & state.keys():
+                    if state[key] is not None:  # SGD's buffer before its first step
+                        state[key] *= factors[key]
 
     def discard(self) -> None:
         """Forget the gradients, also those of parameters that the optimizer does not know: they would pile up."""
@@ -117,3 +136,19 @@ def check_parts(config: RunConfig, optimizer: torch.optim.Optimizer) -> None:
             f"optimizer.part_samples is {part_samples}, and {type(optimizer).__name__} does not ask for the parts of a "
             "batch: remove it, or derive the optimizer from orchestrator.optim.PartsOptimizer"
         )
+
+
+def _settings(group: dict[str, Any], companions: Companions, number: int) -> dict[str, Any]:
+    """The group's settings as they are now, as plain numbers."""
+    missing = list(companions.missing(group))
+    if missing:
+        raise ConfigError(
+            f"lr_rule asks that {', '.join(missing)} follow the batch, and parameter group {number} of the optimizer "
+            "has no such setting: pass the optimizer that optimizer.name names, or take it out of lr_rule"
+        )
+    settings: dict[str, Any] = {
+        key: float(group[key]) for key in ("lr", "momentum", "eps", "weight_decay") if key in group
+    }
+    if "betas" in group:
+        settings["betas"] = tuple(map(float, group["betas"]))
+    return settings

@@ -1,11 +1,13 @@
-"""What every registered learning-rate rule promises, whatever it is called."""
+"""What every registered learning-rate rule promises, whatever it is called, and what follows the batch beside it."""
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
+from orchestrator.core.companions import Companions, Jump, StepScale
 from orchestrator.core.lr_rules import LR_RULES, build_rule
 
 RULE_SETTINGS = {"power": {"exponent": 0.7}, "noise_scale": {"exponent": 1.0}, "surge": {"peak_batch": 1000}}
@@ -65,3 +67,59 @@ def test_peaked_rules_rise_no_faster_than_the_root_and_fall_no_further_than_the_
     assert below * (1 - 1e-12) <= factor <= above * (1 + 1e-12)
     if max(1.0, ratio) * base_batch <= peak:  # below the peak, what every other rule promises
         assert min(1.0, ratio) * (1 - 1e-12) <= factor <= max(1.0, ratio) * (1 + 1e-12)
+
+
+COMPANIONS = {
+    "none": Companions(),
+    "momentum": Companions(in_samples=frozenset({"momentum"})),
+    "momentum of lars": Companions(in_samples=frozenset({"momentum"}), lr_in_buffer=True),
+    "betas and decay": Companions(in_samples=frozenset({"betas", "weight_decay"}), rescale_second_moment=True),
+    "sde": Companions(sde=True, in_samples=frozenset({"weight_decay"}), rescale_second_moment=True),
+}
+fractions = st.floats(0, 1, exclude_max=True)
+groups = st.fixed_dictionaries(
+    {
+        "lr": st.floats(1e-8, 1e3),
+        "momentum": fractions,
+        "betas": st.tuples(fractions, fractions),
+        "eps": st.floats(1e-12, 1),
+        "weight_decay": st.floats(0, 10),
+    }
+)
+
+
+def applied(name: str, companions: Companions, base: dict[str, Any], ratio: float, noise_scale: float | None = 50.0):
+    factor = rule(name)(ratio, noise_scale=noise_scale, base_batch=32)
+    return companions.settings(base, StepScale(ratio=ratio, rule=factor))
+
+
+@pytest.mark.parametrize("name", list(LR_RULES))
+@pytest.mark.parametrize("companions", COMPANIONS.values(), ids=COMPANIONS.keys())
+@given(base=groups, noise_scale=st.none() | st.floats(0, 1e12))
+def test_at_ratio_one_all_settings_are_the_base_bit_for_bit(name, companions, base, noise_scale) -> None:
+    found = applied(name, companions, base, 1.0, noise_scale)
+    assert found == {key: base[key] for key in found}
+
+
+@pytest.mark.parametrize("name", list(LR_RULES))
+@pytest.mark.parametrize("companions", COMPANIONS.values(), ids=COMPANIONS.keys())
+@given(base=groups, ratio=st.floats(1 / 64, 8), schedule=st.floats(0, 1))
+def test_a_schedule_multiplies_the_rate_alone(name, companions, base, ratio, schedule) -> None:
+    factor = rule(name)(ratio, noise_scale=50.0, base_batch=32)
+    plain = companions.settings(base, StepScale(ratio=ratio, rule=factor))
+    found = companions.settings(base, StepScale(ratio=ratio, rule=factor, schedule=schedule))
+    assert found.pop("lr") == pytest.approx(schedule * plain.pop("lr"), rel=1e-12)
+    assert found == plain
+
+
+@pytest.mark.parametrize("companions", COMPANIONS.values(), ids=COMPANIONS.keys())
+@given(base=groups, first=st.integers(1, 255), second=st.integers(1, 255), scale=st.none() | st.floats(0, 1e9))
+def test_a_jump_back_undoes_what_a_jump_did_to_the_state(companions, base, first, second, scale) -> None:
+    base = base | {"betas": tuple(min(1 - 1e-3, 0.9 + beta / 10) for beta in base["betas"])}  # 8 (1 - beta) < 1
+    base = base | {"momentum": min(1 - 1e-3, base["momentum"])}
+    there, back = (
+        companions.state_factors(base, Jump(old_batch=old, new_batch=new, noise_scale=scale), base_batch=32)
+        for old, new in ((first, second), (second, first))
+    )
+    assert there.keys() == back.keys()
+    assert all(there[key] * back[key] == pytest.approx(1.0, rel=1e-6) for key in there)

@@ -69,11 +69,11 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
     shape = {
         "run": "name dir seed",
         "task": "name options",
-        "train": "samples epochs max_grad_norm precision find_unused_parameters",
+        "train": "samples epochs max_grad_norm precision ema_half_life_samples find_unused_parameters",
         "batch": "initial micro_batch max min",
         "optimizer": "name lr momentum trust nesterov betas eps weight_decay part_samples ratio_floor ratio_beta",
         "schedule": "name warmup_samples start_fraction final_fraction milestones_samples gamma decay_samples",
-        "lr_rule": "name exponent peak_batch floor",
+        "lr_rule": "name exponent peak_batch floor ramp_samples in_samples second_moment",
         "controller": "mode policy every_samples lag_steps cooldown_samples deadband max_growth kappa exchange_rate "
         "price_per_worker_hour price_per_sample objective smoothness max_smoothness strong_convexity accuracy "
         "theta shrink ramp half_life_samples confidence",
@@ -280,9 +280,12 @@ VARIANTS: list[list[str]] = [
     ["schedule.name=wsd", "schedule.decay_samples=500", "schedule.warmup_samples=10"],
     ["schedule.name=one_cycle", "schedule.warmup_samples=10"],
     ["lr_rule.name=power", "lr_rule.exponent=0.7"],
+    ["lr_rule.ramp_samples=512", "lr_rule.in_samples=[momentum]"],
+    ["optimizer.name=adamw", "optimizer.momentum=null", "lr_rule.name=sde", "lr_rule.second_moment=rescale",
+     "batch.max=319", "lr_rule.in_samples=[weight_decay]"],
     ["controller.policy=schedule", "controller.ramp=[[1000, 64], [2000, 512]]"],
     ["optimizer.name=a.b:C", "lr_rule.name=d:e", "controller.policy=f:g", "schedule.name=h:i", "task.name=j:k.l"],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("comments", [True, False])

@@ -26,6 +26,9 @@ optimizer:
   momentum: 0.9
 """
 
+SGD = "  name: sgd\n  lr: 0.05\n  momentum: 0.9"
+ADAM = "  name: adam\n  lr: 0.05"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -207,6 +210,38 @@ CASES = [
     added("peak for a rule of one's own", "lr_rule.peak_batch", "512", "exponent alone", beside="name: 'a.b:c'"),
     added("exponent for adascale", "lr_rule.exponent", "0.5", "uses it: power, noise_scale", beside="name: adascale"),
     Case("auto for an unknown family", "  name: a.b:Lion", "lr_rule.name", "auto", "linear suits sgd", "  name: sgd"),
+    added("sde for sgd", "lr_rule.name", "sde", "sqrt for adam-like"),
+    Case(
+        "sde beyond its limit",
+        "  initial: 32\n  micro_batch: 32\n  max: 320\noptimizer:\n" + ADAM + "\nlr_rule: {name: sde}",
+        "batch.max",
+        "320",
+        "write 319 or less",
+        GOOD[GOOD.index("  initial") : -1],
+        9,
+    ),
+    Case(
+        "betas twice",
+        f"{ADAM}\nlr_rule: {{name: sde, in_samples: [betas]}}",
+        "lr_rule.in_samples",
+        "[betas]",
+        "take betas out",
+        SGD,
+    ),
+    added("betas of sgd in samples", "lr_rule.in_samples", "[betas]", "use adam, adamw, lamb, lans"),
+    added("decay of sgd in samples", "lr_rule.in_samples", "[weight_decay]", "part of the gradient or of the layer's"),
+    Case("no such memory", "lr_rule: {in_samples: [betta]}", "lr_rule.in_samples[0]", "betta", "betas"),
+    added("momentum twice", "lr_rule.in_samples", "[momentum, momentum]", "write [momentum]"),
+    added("second moment of sgd", "lr_rule.second_moment", "rescale", "use adam, adamw, lamb"),
+    Case(
+        "second moment of lans",
+        "  name: lans\n  lr: 0.05\nlr_rule: {second_moment: rescale}",
+        "lr_rule.second_moment",
+        "rescale",
+        "brought to length one",
+        SGD,
+    ),
+    added("ramp into the past", "lr_rule.ramp_samples", "-1", "at least 0"),
     added("ramp without its policy", "controller.ramp", "[[9, 64]]", "policy: schedule"),
     Case(
         "a constant that is missing",
@@ -319,6 +354,14 @@ CASES = [
         "  samples: 5000\nschedule: {name: wsd, warmup_samples: 3000, decay_samples: 3000}",
         "schedule.decay_samples",
         "3000",
+        "train.samples is 5000",
+        "  epochs: 60",
+    ),
+    Case(
+        "ramp of the rate without end",
+        "  samples: 5000\nlr_rule: {ramp_samples: 5000}",
+        "lr_rule.ramp_samples",
+        "5000",
         "train.samples is 5000",
         "  epochs: 60",
     ),
