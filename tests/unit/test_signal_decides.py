@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from orchestrator.core import policies
-from orchestrator.core.policies import PolicySettings
+from orchestrator.core.policies import POLICIES, PolicySettings
 from orchestrator.core.policy_inputs import Policy
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
@@ -80,14 +79,14 @@ def test_identical_samples_grow_nothing_and_label_noise_grows_what_the_closed_fo
 
 def constant_noise(settings: PolicySettings) -> Policy:
     """``noise_scale`` with the measurement replaced by a constant below the floor."""
-    inner = policies.noise_scale(settings)
+    inner = POLICIES["noise_scale"](settings)
     planted = NoiseStats(verdict=Verdict.MEASURED, noise_scale=10.0, low=9.0, high=11.0)
     return lambda inputs: inner(replace(inputs, stats=planted))
 
 
 def unbounded_noise(settings: PolicySettings) -> Policy:
     """``noise_scale`` with an interval that has no upper end, however high its lower one."""
-    inner = policies.noise_scale(settings)
+    inner = POLICIES["noise_scale"](settings)
     planted = NoiseStats(verdict=Verdict.TOO_NOISY, noise_scale=5000.0, low=1000.0)
     return lambda inputs: inner(replace(inputs, stats=planted))
 
