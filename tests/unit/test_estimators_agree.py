@@ -53,12 +53,12 @@ def probed(folder: Path, task: Task, estimator: str, *, seed: int = 0, samples: 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_each_interval_covers_the_closed_form(tmp_path: Path, estimator: str) -> None:
     covered = 0
-    for seed in range(20):
+    for seed in range(12):
         stats = probed(tmp_path, Regression(seed), estimator, seed=seed).stats
         assert stats.low is not None
         assert stats.high is not None
         covered += stats.low <= 1 + 2 * DIM <= stats.high
-    assert covered >= 17  # of 20 at 95 %: fewer once in 60 times, and these seeds are what they are
+    assert covered >= 10  # of 12 at 95 %: fewer once in 50 times, and these seeds are what they are
 
 
 @pytest.mark.parametrize("name", ["digits", "char_lm"])
