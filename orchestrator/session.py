@@ -34,6 +34,7 @@ from orchestrator.measure.estimators import find_estimator
 from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
+from orchestrator.runtime.branches import Branches
 from orchestrator.runtime.curvature import Curvature, LossOf
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.exchange import Exchange, OwnStep
@@ -84,7 +85,6 @@ class Session:
         self._collective = self.worker.collective
         _check_same_length(len(dataset), self._collective)
         rules = rules_from(config, dataset_size=len(dataset))
-        self._total_samples = rules.total_samples
         self._state = RunState(rules, ramp_samples=config.lr_rule.ramp_samples)
         self._replica = Replica(
             model,
@@ -149,6 +149,14 @@ class Session:
         self._asked = Announcement()  # what was heard and not done yet
         self._stop_reason: str | None = None  # asked for on this rank
         self._stopped: str | None = None  # on all
+        self._branches = Branches(
+            rules.branching,
+            model=model,
+            optimizer=optimizer,
+            scaler=grad_scaler,
+            collective=self._collective,
+            device=self.worker.device,
+        )
         resumed = self._history.begin(resume=resume)
         self._state.begin(
             step=resumed.step, samples_seen=resumed.samples_seen, pending=resumed.pending, in_force=resumed.in_force
@@ -173,6 +181,14 @@ class Session:
         return self._state.samples_seen
 
     @property
+    def on_branch(self) -> bool:
+        """Whether the step at hand belongs to a branch, whose changes are taken back (``controller.policy: branched``).
+
+        ``step_number`` and ``samples_seen`` are the branch's meanwhile.
+        """
+        return self._branches.under_way
+
+    @property
     def plan(self) -> BatchPlan:
         """How the step at hand is cut and shared out."""
         return self._at_hand.plan
@@ -184,6 +200,7 @@ class Session:
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
         """One item an optimizer step; each is an iterator over the micro-batches that this rank takes."""
+        self._on_branches()  # due where the run stopped
         while not self._state.is_over and self._stopped is None:
             step = self._begin_step()
             yield self._micro_batches(step)
@@ -193,7 +210,8 @@ class Session:
                 raise SessionError(
                     f"step {self.step_number} was not finished: call session.step() after its micro-batches"
                 )
-            self._at_boundary()
+            if not self._on_branches():
+                self._at_boundary()
         self._end()
 
     def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor | None:
@@ -243,10 +261,13 @@ class Session:
         scale = self._state.scale(step.plan.batch)
         self._groups.read(grad_scale=step.loss_scale)
         self._update.apply(scale)
+        step.finished = True
+        if self.on_branch:
+            self._branches.took(step.plan.batch, step.loss_sum(reading))
+            return
         self._state.took(step.plan.batch)
         if self._ema is not None:
             self._ema.update(step.plan.batch, samples_seen=self.samples_seen)
-        step.finished = True
         own = self._own(step, reading, scale)
         self._hear(self._exchange.add(own, stop=self._stop_reason is not None))
         self._groups.add(own)
@@ -267,7 +288,7 @@ class Session:
     @property
     def evaluation_due(self) -> bool:
         """Whether the step just finished is one after which the config asks for an evaluation."""
-        finished = self._step is not None and self._step.finished
+        finished = self._step is not None and self._step.finished and not self.on_branch
         return finished and (self._state.is_over or self._state.passed(self.config.evaluation.every_samples))
 
     def ema_weights(self) -> AbstractContextManager[None]:
@@ -290,7 +311,7 @@ class Session:
     def curvature_due(self) -> bool:
         """Whether the step just finished is one after which the config asks for the Hessian-weighted noise scale."""
         finished = self._step is not None and self._step.finished and not self._curvature.is_refused
-        return finished and self._state.passed(self.config.measure.curvature_every_samples)
+        return finished and not self.on_branch and self._state.passed(self.config.measure.curvature_every_samples)
 
     def measure_curvature(self, loss_of: LossOf) -> CurvatureStats | None:
         """Collective. Measure it, on samples of its own, and write it to the run's folder as an event.
@@ -341,6 +362,7 @@ class Session:
             self._history.journal.adopted(due, step=self.step_number, samples_seen=self.samples_seen)
         plan = self._state.plan_of_step()
         measured = self._estimator.parts(plan) >= 2 and self.step_number % self.config.measure.every_steps == 0
+        measured = measured and not self.on_branch
         repeats = self._step is not None and self._step.again
         self._step = Step(
             plan=plan,
@@ -418,6 +440,22 @@ class Session:
         if heard.stop:
             self._stopped = self._stop_reason or "another rank was asked to stop"
 
+    def _on_branches(self) -> bool:
+        """Whether the next step belongs to a branch; begins a round of them where one is due."""
+        before, found = self._state, None
+        if self._branches.under_way:
+            self._state, found = self._branches.go_on(stop=self._stop_reason is not None)
+        elif self._branches.due(self._state) and not (self._asked.stop or self._asked.hold):
+            self._settle()
+            self._state = self._branches.begin(self._state)
+        if found is not None:
+            self._history.branched(found, samples_seen=self.samples_seen)
+        if self.on_branch and self._state is not before:
+            self._adopt(self._branches.plan())
+        elif self._state is not before:
+            self._set_course()
+        return self.on_branch
+
     def _end(self) -> None:
         self._settle()
         self.finished = self._state.is_over
@@ -447,15 +485,17 @@ class Session:
         jump = self._state.adopt(apply)
         if jump is not None:
             self._carry_over(jump)
+        self._set_course()
+
+    def _set_course(self) -> None:
+        state = self._state
         self._loader.set_course(
-            cursor.steps(
-                apply.plan, self._collective.rank, position=self.samples_seen, total_samples=self._total_samples
-            )
+            cursor.steps(state.plan, self._collective.rank, position=state.samples_seen, total_samples=state.end)
         )
 
     def _carry_over(self, jump: Jump) -> None:
         self._update.carry_over(jump)
-        if self.config.lr_rule.second_moment == "rescale":
+        if self.config.lr_rule.second_moment == "rescale" and not self.on_branch:
             factor = second_moment_factor(jump)
             reason = f"averaged squares of the gradient x {factor:.4g}: batch {jump.old_batch} to {jump.new_batch}"
             if jump.noise_scale is None:
@@ -482,10 +522,21 @@ class Session:
         *limits, loss_sum = self._collective.sum([*limits, step.loss_sum(reading)])
         self._settle()
         if any(limits):
-            self._redo_smaller([int(limit) - 1 for limit in limits])
             step.again = True
+            if self.on_branch:  # the kept state took the room, which the trunk will have again
+                self._update.discard()
+                self._state = self._branches.give_up()
+                self._set_course()
+                self._step = None
+            else:
+                self._redo_smaller([int(limit) - 1 for limit in limits])
             return False
         if self._update.scaler is None and not (math.isfinite(loss_sum) and self._meter.is_finite()):
+            if self.on_branch:
+                self._update.discard()
+                self._branches.diverged()
+                step.finished = True
+                return False
             self._stop_on_non_finite(step, loss=loss_sum / step.plan.batch)
         return True
 

@@ -162,7 +162,19 @@ class Preempted:
     why: str
 
 
-Event = GradMeasured | WorkersChanged | PlanRejected | Preempted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branched:
+    """Branches were trained from the state before ``step``, at multiples of ``batch``, and given up again.
+
+    ``losses`` holds (multiple, mean loss over the branch's second half); ``None`` for one that diverged.
+    """
+
+    step: int
+    batch: int
+    losses: tuple[tuple[int, float | None], ...]
+
+
+Event = GradMeasured | WorkersChanged | PlanRejected | Preempted | Branched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

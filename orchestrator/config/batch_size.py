@@ -17,6 +17,7 @@ MEASURED_POLICIES = (
     "norm_test",
     "goodput",
     "expected_smoothness",
+    "branched",
 )  # these follow the noise scale
 POLICIES = ("fixed", "schedule", "decay_to_growth", *MEASURED_POLICIES)
 PRECONDITIONED_OPTIMIZERS = ("adam", "adamw")  # that measure.preconditioned knows the metric of
@@ -30,6 +31,7 @@ _OWNERS: Mapping[str, str] = {
     "theta": "norm_test",
     "objective": "goodput",
     **dict.fromkeys(("smoothness", "max_smoothness", "strong_convexity", "accuracy"), "expected_smoothness"),
+    **dict.fromkeys(("branch_every_samples", "branch_samples", "branch_tolerance"), "branched"),
 }
 # Those of them without which the policy cannot be, and what is usual.
 _NEEDED: Mapping[str, str] = {
@@ -38,6 +40,8 @@ _NEEDED: Mapping[str, str] = {
     "smoothness": "write the largest eigenvalue of the mean loss's Hessian",
     "max_smoothness": "write the largest eigenvalue of one sample's Hessian; |x|^2 of a regression",
     "strong_convexity": "write the smallest eigenvalue of the mean loss's Hessian; a ridge penalty at least",
+    "branch_every_samples": "write branch_every_samples: 200000, from one round of branches to the next",
+    "branch_samples": "write branch_samples: 20000, what each branch trains on before it is given up",
     "accuracy": "write the squared distance to the best weights that is near enough",
 }
 
@@ -142,7 +146,8 @@ class ControllerSection(Section):
         default="noise_scale",
         description="[name] fixed, schedule (the ramp), decay_to_growth (the batch grows where the LR schedule would "
         "decay), noise_scale, tradeoff (steps against samples), norm_test, goodput (samples a second x what they are "
-        "worth), expected_smoothness (fewest samples of a convex loss), or module:attribute",
+        "worth), expected_smoothness (fewest samples of a convex loss), branched (the noise scale x a factor that "
+        "trial branches find), or module:attribute",
     )
     every_samples: int = Field(default=1024, ge=1, description="[samples] between two decisions")
     lag_steps: int = Field(
@@ -212,6 +217,22 @@ class ControllerSection(Section):
         default_factory=default_of({}),
         gt=0,
         description="[squared weight] policy expected_smoothness: squared distance to the best weights to be reached",
+    )
+    branch_every_samples: int | None = Field(
+        default_factory=default_of({}),
+        ge=1,
+        description="[samples] policy branched: from one round of branches to the next",
+    )
+    branch_samples: int | None = Field(
+        default_factory=default_of({}),
+        ge=1,
+        description="[samples] policy branched: what each branch (1, 2, 4, 8 times the batch) trains on before it is "
+        "given up; a round trains on up to four times as many",
+    )
+    branch_tolerance: float | None = Field(
+        default_factory=lambda given: 0.01 if given.get("policy") == "branched" else None,
+        ge=0,
+        description="[loss] policy branched: a branch no more than this above every smaller one has lost nothing",
     )
     shrink: bool = Field(default=False, description="[true or false] whether the batch may become smaller again")
     ramp: Annotated[tuple[_RampEntry, ...], Field(strict=False)] | None = Field(

@@ -21,6 +21,7 @@ from orchestrator.config.execution import CheckpointSection, DataSection, Recove
 from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
 from orchestrator.config.section import Broken, Section, refuse
 from orchestrator.config.training import EvaluationSection, RunSection, TaskSection, TrainSection
+from orchestrator.core.branching import FEWEST_STEPS
 from orchestrator.core.companions import IN_SAMPLES, RESCALED_OPTIMIZERS, SDE_OPTIMIZERS, largest_batch
 
 
@@ -96,6 +97,11 @@ class RunConfig(Section):
             fix = f"write {batch.initial} or fewer, or begin with a larger batch"
             keys = ("workers.initial", "batch.initial")
             broken.append(Broken(keys=keys, value=workers.initial, rule=rule, fix=fix))
+        branch, least = controller.branch_samples, FEWEST_STEPS * 2 * batch.initial
+        if branch is not None and branch < least:
+            rule = f"a branch at twice batch.initial, {batch.initial}, would have fewer than {FEWEST_STEPS} steps"
+            keys = ("controller.branch_samples", "batch.initial")
+            broken.append(Broken(keys=keys, value=branch, rule=rule, fix=f"write {least} or more; ten times is better"))
         for samples, size in controller.ramp or ():
             floor = batch.min if controller.shrink else batch.initial
             if not floor <= size <= batch.max:
@@ -155,6 +161,10 @@ class RunConfig(Section):
             late("measure.curvature_every_samples", curvature, rule, fix)
         if self.lr_rule.ramp_samples >= total:
             late("lr_rule.ramp_samples", self.lr_rule.ramp_samples, f"the ramp never ends, {ends}", "write less")
+        every, branch = controller.branch_every_samples or 0, controller.branch_samples or 0
+        if every + branch > total:
+            rule = f"the first round of branches never fits, {ends}"
+            late("controller.branch_every_samples", every, rule, "shorten one", "controller.branch_samples")
         if controller.mode == "act" and controller.policy != "fixed" and controller.every_samples >= total:
             rule = f"the first decision is never reached, {ends}"
             fix = f"write {max(1, total // 16)}, or controller.policy: fixed"

@@ -26,12 +26,16 @@ _ROUNDING = 1e-6  # [steps] of a sum of many parts of a step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """What a run at a fixed batch recorded from one decision to the next; ``stats`` and ``lr`` are those at its end."""
+    """What a run at a fixed batch recorded from one decision to the next; all but the first two are those at its end.
+
+    ``kappa`` is what branches had found by then, where the policy trains them.
+    """
 
     samples: int
     mean_loss: float
     lr: float
     stats: NoiseStats
+    kappa: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +106,7 @@ def advise(stretches: Sequence[Stretch], rules: Rules) -> Advice | None:
         if state.samples_seen < due:
             continue
         found, target = stretches[max(0, place.stretch - 1)], state.target  # what was known by then
+        state = replace(state, kappa=found.kappa)
         factor = rules.lr_rule(target.batch / base, noise_scale=target.noise_scale, base_batch=base)
         state, action = controller.decide(state, stats=found.stats, lr=found.lr * factor, rules=rules)
         if isinstance(action, ApplyPlan):

@@ -7,9 +7,11 @@ and every runtime decides alike. On a clock may depend the workers asked for, an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from orchestrator.core import guard, noise, staffing, throughput
+from orchestrator.core.branching import BranchSettings, calibrate
 from orchestrator.core.goodput import Goodput
 from orchestrator.core.guard import GuardState
 from orchestrator.core.lr_rules import Rule
@@ -23,6 +25,7 @@ from orchestrator.types import (
     Action,
     ApplyPlan,
     BatchPlan,
+    Branched,
     Event,
     GradMeasured,
     Keep,
@@ -63,6 +66,7 @@ class Rules:
     resize_cost_s: float  # taken until a resize has been measured
     sees_clock: bool = False  # whether the policy is declared time-dependent, and may be shown the step times
     goodput: Goodput | None = None  # what chooses the workers, where it is known better than by micro-batches
+    branching: BranchSettings | None = None  # of policy branched
     split: bool = False  # whether every micro-batch is computed in two halves, for the sake of comparing them
 
 
@@ -97,6 +101,7 @@ class ControllerState:
     max_micro_batch: int | None = None  # after memory ran out
     resize_cost_s: float | None = None  # as last measured
     requested_workers: int | None = None
+    kappa: float | None = None  # critical batch / noise scale, as branches last found it
 
 
 def init(rules: Rules, *, world_size: int) -> ControllerState:
@@ -131,6 +136,8 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
             return state, _apply_now(state, rules, reason)
         case Preempted(why=why):
             return state, SaveCheckpoint(reason=f"a worker will be taken away: {why}")
+        case Branched():
+            return _branched(state, event, rules)
         case _:
             assert_never(event)
 
@@ -240,6 +247,7 @@ def decide(
             samples_seen=state.samples_seen,
             last_change_samples=state.last_change_samples,
             credit=guard.credit(watched),
+            kappa=state.kappa,
             lr_fraction=rules.schedule(state.samples_seen),
             peak_lr_fraction=state.peak_lr_fraction,
             workers=state.world_size,
@@ -258,6 +266,20 @@ def decide(
     step = state.step + 1 + rules.lag_steps
     state = replace(state, pending=PendingTarget(effective_step=step, target=target), generation=state.generation + 1)
     return state, _apply(state, target, rules, step=step, reason=decision.reason)
+
+
+def _branched(state: ControllerState, event: Branched, rules: Rules) -> tuple[ControllerState, Action]:
+    assert rules.branching is not None, "branches are trained only where the policy asks for them"
+    found = calibrate(
+        event.batch,
+        [(multiple, math.inf if loss is None else loss) for multiple, loss in event.losses],
+        stats=noise.stats(state.noise, rules.noise),
+        tolerance=rules.branching.tolerance,
+    )
+    if found is None:
+        return state, Keep(reason=f"the branch at the present batch of {event.batch} diverged: nothing was learnt")
+    kappa = state.kappa if found.kappa is None else found.kappa
+    return replace(state, kappa=kappa), Keep(reason=found.reason)
 
 
 def _jumped(before: float | None, now: float) -> bool:

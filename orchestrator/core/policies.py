@@ -150,6 +150,7 @@ PREFERENCES: Mapping[str, Callable[[PolicySettings], Preferred]] = {
     "norm_test": lambda settings: always(preferences.norm_test(settings.theta)),
     "goodput": lambda settings: goodput_of(settings).preferred(),
     "expected_smoothness": lambda settings: _expected_smoothness(settings).preferred(),
+    "branched": lambda settings: preferences.branched,
 }
 
 

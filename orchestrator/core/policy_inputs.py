@@ -20,6 +20,7 @@ class PolicyInputs:
     samples_seen: int
     last_change_samples: int | None = None
     credit: float | None = None
+    kappa: float | None = None  # critical batch / noise scale, as branches last found it
     lr_fraction: float = 1.0  # the LR schedule's factor for the next step
     peak_lr_fraction: float = 1.0  # its highest at a step so far
     workers: int = 1  # that there are now

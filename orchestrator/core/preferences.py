@@ -122,6 +122,16 @@ def untimed(inputs: PolicyInputs) -> Preference:
     return Preference(batch_at=lambda scale: float(inputs.batch), words=words)
 
 
+def branched(inputs: PolicyInputs) -> Preference:
+    """B_simple x the factor that branches last found between it and the critical batch (see ``branching``).
+
+    Merrill et al. 2025, arXiv:2505.23971. The factor is of the run at hand; until there is one, the batch stays.
+    """
+    if inputs.kappa is None:
+        return Preference(batch_at=lambda scale: float(inputs.batch), words="; no branches were compared with it yet")
+    return proportional(inputs.kappa)
+
+
 def norm_test(theta: float | None) -> Preference:
     """B_simple / theta^2: the smallest batch (to the nearest sample) that passes the norm test.
 

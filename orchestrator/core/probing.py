@@ -111,6 +111,8 @@ def advise(
     factors: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
     for name, prefer in PREFERENCES.items():
+        if name == "branched":
+            continue
         if sees_clock(replace(settings, name=name)):
             left_out[name] = _UNTIMED[name]
             continue
@@ -120,6 +122,7 @@ def advise(
             left_out[name] = str(error)
             continue
         decisions[name] = policy(inputs)
+    left_out["branched"] = "it trains branches to find its factor, and a probe trains nothing"
     left_out["decay_to_growth"] = "it follows the LR schedule over a run, and not the noise that a probe measures"
     for name, factory in LR_RULES.items():
         try:

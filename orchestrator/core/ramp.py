@@ -26,3 +26,4 @@ class InForce:
 
     target: Target
     ramp: Ramp | None = None
+    branched_samples: int = 0  # samples seen at the last round of branches

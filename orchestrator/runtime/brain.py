@@ -19,6 +19,7 @@ from orchestrator.runtime.rules import rules_from
 from orchestrator.types import (
     Action,
     ApplyPlan,
+    Branched,
     Event,
     GradMeasured,
     GradSample,
@@ -51,6 +52,7 @@ STATE_TYPES: Mapping[str, type] = {
         Verdict,
         PlanRejected,
         WorkersChanged,
+        Branched,
     )
 }
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.core import codec, controller, noise
 from orchestrator.core.advising import Stretch, advise
-from orchestrator.core.controller import Rules, is_decision_point
+from orchestrator.core.controller import ControllerState, Rules, is_decision_point
+from orchestrator.measure.meter import Estimator
 from orchestrator.runtime import folder
-from orchestrator.types import NoiseStats, Verdict
+from orchestrator.runtime.brain import STATE_TYPES
+from orchestrator.runtime.replay import events_of, measured
 
 
-def closing_advice(run: Path, rules: Rules) -> tuple[str, Mapping[str, Any]]:
+def closing_advice(run: Path, rules: Rules, estimator: Estimator) -> tuple[str, Mapping[str, Any]]:
     """``(sentence, evidence)`` from the surviving lines of the run in the folder ``run``.
 
     The evidence is empty when there is no advice to give, and the sentence says why.
@@ -23,7 +27,8 @@ def closing_advice(run: Path, rules: Rules) -> tuple[str, Mapping[str, Any]]:
     if batches - {rules.base_batch}:
         kept = ", ".join(map(str, sorted(batches)))
         return f"no advice: it is founded on one batch throughout, and this run had {kept}", {}
-    found = advise(stretches(rows, every_samples=rules.every_samples), rules)
+    rounds = events_of(run, "branches")
+    found = advise(stretches(rows, rounds, rules=rules, estimator=estimator), rules)
     if found is None:
         return "no advice: the noise scale never had an interval with two ends in this run", {}
     return found.sentence(), {
@@ -38,30 +43,38 @@ def closing_advice(run: Path, rules: Rules) -> tuple[str, Mapping[str, Any]]:
     }
 
 
-def stretches(rows: Sequence[Mapping[str, Any]], *, every_samples: int) -> list[Stretch]:
-    """The lines of ``metrics.jsonl``, joined from one decision to the next; the last stretch may be short."""
+def stretches(
+    rows: Sequence[Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]], *, rules: Rules, estimator: Estimator
+) -> list[Stretch]:
+    """The lines of ``metrics.jsonl``, joined from one decision to the next; the last stretch may be short.
+
+    The controller goes through them again, for more is known of the noise than the lines say. ``rounds`` are the events
+    of branches, in order.
+    """
     found: list[Stretch] = []
     joined: list[Mapping[str, Any]] = []
+    state, waiting = controller.init(rules, world_size=1), list(rounds)
     for row in rows:
+        while waiting and waiting[0]["step"] <= row["step"]:
+            state, _ = controller.advance(state, codec.decode(waiting.pop(0)["cause"], STATE_TYPES), rules)
+        sample = measured(row, estimator).sample
+        state = replace(state, noise=noise.absorb(state.noise, sample, rules.noise))
         joined.append(row)
-        after = row["samples_seen"]
-        if is_decision_point(before=after - row["global_batch"], after=after, every_samples=every_samples):
-            found.append(_stretch(joined))
+        if is_decision_point(
+            before=sample.samples_seen - sample.batch, after=sample.samples_seen, every_samples=rules.every_samples
+        ):
+            found.append(_stretch(joined, state, rules))
             joined = []
-    return [*found, _stretch(joined)] if joined else found
+    return [*found, _stretch(joined, state, rules)] if joined else found
 
 
-def _stretch(rows: Sequence[Mapping[str, Any]]) -> Stretch:
-    samples, last = sum(row["global_batch"] for row in rows), rows[-1]
+def _stretch(rows: Sequence[Mapping[str, Any]], state: ControllerState, rules: Rules) -> Stretch:
+    samples = sum(row["global_batch"] for row in rows)
     losses = [math.nan if row["loss"] is None else row["loss"] * row["global_batch"] for row in rows]
     return Stretch(
         samples=samples,
         mean_loss=sum(losses) / samples,
-        lr=last["lr"],
-        stats=NoiseStats(
-            verdict=Verdict(last["verdict"]),
-            noise_scale=last["noise_scale"],
-            low=last["noise_low"],
-            high=last["noise_high"],
-        ),
+        lr=rows[-1]["lr"],
+        stats=noise.stats(state.noise, rules.noise),
+        kappa=state.kappa,
     )

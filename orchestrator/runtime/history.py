@@ -31,11 +31,7 @@ from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.journal import FinishedStep, Journal
 from orchestrator.runtime.rng import restore_rng, save_rng
 from orchestrator.runtime.worker import Worker
-from orchestrator.types import (
-    ApplyPlan,
-    Event,
-    Target,
-)
+from orchestrator.types import ApplyPlan, Branched, Event, Target
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +194,22 @@ class History:
             cause=codec.encode(event),
         )
         return welcome
+
+    def branched(self, found: Branched, *, samples_seen: int) -> None:
+        """Hand over what a round of branches found."""
+        if self._worker.rank != 0:
+            return
+        self._brain.post(found)
+        losses = [[multiple * found.batch, loss] for multiple, loss in found.losses]
+        said = ", ".join(f"{'none' if loss is None else format(loss, '.4g')} at {batch}" for batch, loss in losses)
+        self.journal.event(
+            "branches",
+            reason=f"branches of the same samples end with loss {said}",
+            step=found.step,
+            samples_seen=samples_seen,
+            losses=losses,
+            cause=codec.encode(found),
+        )
 
     def save(self, *, step: int, samples_seen: int, in_force: InForce | None, why: str) -> str:
         """Collective. Write a checkpoint of the state before ``step``; raises ``CheckpointError`` on every rank."""

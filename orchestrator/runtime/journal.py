@@ -21,6 +21,7 @@ from orchestrator.core.controller import Rules
 from orchestrator.core.groups import GroupSums
 from orchestrator.core.noise import NoiseState
 from orchestrator.errors import StorageError
+from orchestrator.measure.estimators import find_estimator
 from orchestrator.ports import Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.brain import STATE_TYPES
@@ -214,7 +215,9 @@ class Journal:
         """Say at the end of a run that only advises what its policy would have done, from the lines written so far."""
         if self._writer is None or self._rules.act or self._config.controller.policy == "fixed":
             return
-        reason, evidence = closing_advice(self._writer.folder, self._rules)
+        reason, evidence = closing_advice(
+            self._writer.folder, self._rules, find_estimator(self._config.measure.estimator)
+        )
         self.event("advice", reason=reason, step=step, samples_seen=samples_seen, **evidence)
 
     def started(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,21 @@ class Decided:
 
 def recorded(run: Path) -> list[Decided]:
     """The decisions that the run wrote down, those of discarded steps left out."""
-    by_step: dict[int, dict[str, Any]] = {}
-    for row in folder.rows(run / folder.EVENTS):
-        if row["kind"] == "resumed":
-            by_step = {step: old for step, old in by_step.items() if step < row["step"]}
-        elif row["kind"] == "decision":
-            by_step[row["step"]] = row
     return [
         Decided(samples_seen=row["samples_seen"], target_batch=row["target_batch"], reason=row["reason"])
-        for row in by_step.values()
+        for row in events_of(run, "decision")
     ]
+
+
+def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The events of these kinds in the order of their steps, those of discarded steps left out."""
+    found: list[dict[str, Any]] = []
+    for row in folder.rows(run / folder.EVENTS):
+        if row["kind"] == "resumed":
+            found = [old for old in found if old["step"] < row["step"]]
+        elif row["kind"] in kinds:
+            found.append(row)
+    return found
 
 
 def recomputed(run: Path) -> list[Decided]:
@@ -49,20 +55,21 @@ def recomputed(run: Path) -> list[Decided]:
     rules = rules_from(config, dataset_size=started["dataset_size"])
     estimator = find_estimator(config.measure.estimator)
     state = controller.init(rules, world_size=started["world_size"])
-    causes = [row for row in folder.rows(run / folder.EVENTS) if row["kind"] == "plan_rejected"]
+    causes = events_of(run, "plan_rejected", "branches")
     decided = []
     for row in folder.surviving(run / folder.METRICS):
         if row["world_size"] != state.world_size:
             state, _ = controller.advance(state, WorkersChanged(world_size=row["world_size"]), rules)
         while causes and causes[0]["step"] <= row["step"]:
             state, _ = controller.advance(state, codec.decode(causes.pop(0)["cause"], STATE_TYPES), rules)
-        state, action = controller.advance(state, _measured(row, estimator), rules)
+        state, action = controller.advance(state, measured(row, estimator), rules)
         if isinstance(action, (ApplyPlan, Keep)) and (target := decided_batch(action)) is not None:
             decided.append(Decided(samples_seen=row["samples_seen"], target_batch=target, reason=action.reason))
     return decided
 
 
-def _measured(row: dict[str, Any], estimator: Estimator) -> GradMeasured:
+def measured(row: Mapping[str, Any], estimator: Estimator) -> GradMeasured:
+    """What the controller was told of the step that a line of ``metrics.jsonl`` is about."""
     plan = BatchPlan(
         generation=0, world_size=row["world_size"], batch=row["global_batch"], micro_batch=row["micro_batch"]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.config import RunConfig
+from orchestrator.core.branching import BranchSettings
 from orchestrator.core.companions import Companions
 from orchestrator.core.controller import Rules
 from orchestrator.core.lr_rules import Rule, build_rule
@@ -53,6 +54,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         act=act,
         measurable=act and control.policy != "fixed" and estimator.cuts,
         split=estimator.halves,
+        branching=_branching(config, ceiling=settings.ceiling),
         every_samples=control.every_samples,
         lag_steps=control.lag_steps,
         noise=NoiseSettings(half_life_samples=control.half_life_samples, confidence=control.confidence),
@@ -94,6 +96,14 @@ def policy_settings(config: RunConfig, *, dataset_size: int) -> PolicySettings:
         ceiling=min(batch.max, dataset_size),
         shrink=control.shrink,
     )
+
+
+def _branching(config: RunConfig, *, ceiling: int) -> BranchSettings | None:
+    control = config.controller
+    every, samples, tolerance = control.branch_every_samples, control.branch_samples, control.branch_tolerance
+    if every is None or samples is None or tolerance is None:
+        return None
+    return BranchSettings(every_samples=every, samples=samples, tolerance=tolerance, ceiling=ceiling)
 
 
 def _worker_limits(config: RunConfig) -> WorkerLimits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import final
 
 from orchestrator.core import cursor
@@ -19,12 +21,14 @@ class RunState:
     samples_seen: int
     plan: BatchPlan
     in_force: InForce | None  # from the first plan on
+    end: int  # samples seen then
 
     def __init__(self, rules: Rules, *, ramp_samples: int) -> None:
         self._rules = rules
         self.next: ApplyPlan | None = None
         self._ramp_samples = ramp_samples
         self._last_batch = 0
+        self.end = rules.total_samples
 
     def begin(self, *, step: int, samples_seen: int, pending: ApplyPlan | None, in_force: InForce | None) -> None:
         """``in_force`` is that of the checkpoint, for a plan that changes the batch just there is a jump as well."""
@@ -34,12 +38,12 @@ class RunState:
         """Train by this plan from here on; the jump, if its target batch is another one than before."""
         before, self.plan = self.in_force, apply.plan
         if before is None or before.target.batch == apply.target.batch:
-            self.in_force = InForce(target=apply.target, ramp=None if before is None else before.ramp)
+            self.in_force = InForce(target=apply.target) if before is None else replace(before, target=apply.target)
             return None
         ramp = None
         if self._ramp_samples:
             ramp = Ramp(start_factor=self._rule(before, before.target.batch), start_samples=self.samples_seen)
-        self.in_force = InForce(target=apply.target, ramp=ramp)
+        self.in_force = replace(before, target=apply.target, ramp=ramp)
         return Jump(old_batch=before.target.batch, new_batch=apply.target.batch, noise_scale=apply.target.noise_scale)
 
     def due(self) -> ApplyPlan | None:
@@ -51,7 +55,7 @@ class RunState:
 
     def plan_of_step(self) -> BatchPlan:
         """The plan in force, cut to what is left of the run."""
-        return cursor.last_plan(self.plan, remaining=self._rules.total_samples - self.samples_seen)
+        return cursor.last_plan(self.plan, remaining=self.remaining)
 
     def scale(self, batch: int) -> StepScale:
         """What becomes of the optimizer's base settings in a step of ``batch`` samples that begins here."""
@@ -70,6 +74,21 @@ class RunState:
             return goal
         return by.ramp.factor(goal, samples_seen=self.samples_seen, length_samples=self._ramp_samples)
 
+    def branch(self, *, samples: int) -> RunState:
+        """A copy that goes its own way from here, over so many samples."""
+        branch = copy.copy(self)
+        branch.next, branch.end = None, min(self.end, self.samples_seen + samples)
+        return branch
+
+    def round_due(self, every_samples: int) -> bool:
+        """Whether a multiple of ``every_samples`` was passed since the last round of branches."""
+        assert self.in_force is not None, "a plan was adopted"
+        return self.samples_seen // every_samples > self.in_force.branched_samples // every_samples
+
+    def round_done(self) -> None:
+        assert self.in_force is not None, "a plan was adopted"
+        self.in_force = replace(self.in_force, branched_samples=self.samples_seen)
+
     def took(self, batch: int) -> None:
         """A step of ``batch`` samples was taken."""
         self.samples_seen += batch
@@ -78,7 +97,12 @@ class RunState:
 
     @property
     def is_over(self) -> bool:
-        return self.samples_seen >= self._rules.total_samples
+        return self.remaining <= 0
+
+    @property
+    def remaining(self) -> int:
+        """Samples to the end of the run, or of the branch."""
+        return self.end - self.samples_seen
 
     def passed(self, every_samples: int | None) -> bool:
         """Whether the step just taken passed a multiple of ``every_samples``."""

@@ -31,6 +31,7 @@ KNOBS = {
     "norm_test": ("theta", positive),
     "goodput": ("cost_weight", st.floats(0, 1)),
     "expected_smoothness": ("accuracy", positive),
+    "branched": ("max_growth", st.floats(1.1, 10)),  # what turns is measured, and comes with the inputs
 }
 
 batches = st.integers(FLOOR, CEILING)
@@ -65,6 +66,7 @@ def situations(draw, verdicts=tuple(Verdict)):
         samples_seen=draw(counts),
         last_change_samples=draw(st.none() | st.just(0)),
         credit=draw(st.none() | scales),
+        kappa=draw(st.none() | scales),
         lr_fraction=draw(st.floats(0, 1)),
         peak_lr_fraction=draw(st.just(1.0) | st.floats(0, 1)),
         workers=draw(st.integers(1, 6)),

@@ -12,6 +12,7 @@ import pytest
 
 from launch.run_command import EXIT_STOPPED, run
 from orchestrator.config import RunConfig
+from orchestrator.measure.estimators import find_estimator
 from orchestrator.runtime import folder
 from orchestrator.runtime.closing_advice import closing_advice
 from orchestrator.runtime.rules import rules_from
@@ -70,7 +71,9 @@ def test_its_schedule_pasted_as_a_ramp_takes_the_steps_and_samples_it_names(
     assert [[row["samples_seen"], row["target_batch"]] for row in decided] == advice["schedule"]
     # A run whose batch did move is no ground for advice.
     size = of_kind(tmp_path, "pasted", "started")[0]["dataset_size"]
-    reason, evidence = closing_advice(tmp_path / "pasted", rules_from(done, dataset_size=size))
+    reason, evidence = closing_advice(
+        tmp_path / "pasted", rules_from(done, dataset_size=size), find_estimator(done.measure.estimator)
+    )
     assert reason.startswith("no advice: it is founded on one batch throughout, and this run had 16, ")
     assert not evidence
 

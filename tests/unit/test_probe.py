@@ -197,7 +197,8 @@ def test_the_advice_is_the_policies_own_answer_and_names_what_is_missing(tmp_pat
         assert decision == POLICIES[name](own)(inputs)
         assert found.advice.factors["power"][name] == pytest.approx((decision.target_batch / 4) ** 0.7)
     assert list(found.advice.decisions) == ["noise_scale", "tradeoff"]
-    assert set(found.advice.left_out) == {"norm_test", "surge", "decay_to_growth", "goodput", "expected_smoothness"}
+    missing = {"norm_test", "surge", "decay_to_growth", "goodput", "expected_smoothness", "branched"}
+    assert set(found.advice.left_out) == missing
     assert "controller.theta is missing" in found.advice.left_out["norm_test"]
     capped = settings(tmp_path, batch={"initial": 4, "micro_batch": 4, "max": 8}, controller={"policy": "noise_scale"})
     advice = measure(capped, task=task, model=task.model(), device=CPU).advice
