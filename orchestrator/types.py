@@ -61,8 +61,8 @@ class NoiseStats:
 
     @property
     def bounded(self) -> bool:
-        """Whether a policy may act on the number."""
-        return self.verdict is Verdict.MEASURED
+        """Whether a policy may act on the number: it is measured, and its interval has two ends."""
+        return self.verdict is Verdict.MEASURED and self.high is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.optim import OPTIMIZERS, PartsOptimizer
+from orchestrator.registry import resolve
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 WEIGHTS = np.array([[0.5, -1.0, 2.0], [0.25, 3.0, -0.75]])
@@ -29,7 +31,13 @@ def layer(values: Any = WEIGHTS, dtype: torch.dtype = torch.float64) -> nn.Param
 
 
 def make(name: str, parameters: Any, **settings: Any) -> torch.optim.Optimizer:
-    return OPTIMIZERS[name](parameters, **{"lr": 0.1, **SETTINGS[name], **settings})
+    return named(name)(parameters, **{"lr": 0.1, **SETTINGS.get(name, {}), **settings})
+
+
+def named(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer's class or factory, built in or ``module:attribute``."""
+    found: Callable[..., torch.optim.Optimizer] = resolve(name, OPTIMIZERS, kind="optimizer")
+    return found
 
 
 def parts_of(gradient: Tensor) -> list[Tensor]:

@@ -11,23 +11,25 @@ from torch import Tensor, nn
 from orchestrator.config.batch_size import ESTIMATORS as NAMES, MeasureSection
 from orchestrator.core.noise import moments_from_sums
 from orchestrator.core.planner import make_plan
-from orchestrator.measure.estimators import ESTIMATORS
+from orchestrator.measure.estimators import ESTIMATORS, find_estimator
 from orchestrator.measure.meter import Meter
 from orchestrator.types import BatchPlan
+from tests.contract.plugins import PLUGINS
 
 MICRO, DIM, LABEL_NOISE = 4, 5, 1.0
 BATCH = 14  # the last micro-batch is smaller
 Samples = tuple[Tensor, Tensor]
+each = pytest.mark.parametrize("name", [*ESTIMATORS, *PLUGINS["estimator"]])
 
 
 def meter(name: str, model: nn.Module) -> Meter:
     settings = MeasureSection.model_validate({"estimator": name})
-    return ESTIMATORS[name].build(model, list(model.parameters()), settings)
+    return find_estimator(name).build(model, list(model.parameters()), settings)
 
 
 def plan(name: str, batch: int) -> BatchPlan:
     """As a run that advises cuts it."""
-    halves = ESTIMATORS[name].halves
+    halves = find_estimator(name).halves
     micro_batch = MICRO // 2 if halves else MICRO
     return make_plan(batch, world_size=1, micro_batch=micro_batch, generation=0, measurable=halves)
 
@@ -53,7 +55,7 @@ def step(
         weighted_sq_sum=reading.weighted_sq_sum,
         mean_grad_sq=reading.mean_grad_sq,
         batch=cut.batch,
-        micro_batches=ESTIMATORS[name].parts(cut),
+        micro_batches=find_estimator(name).parts(cut),
     )
 
 
@@ -78,7 +80,7 @@ def test_the_config_knows_the_estimators_that_there_are() -> None:
     assert tuple(ESTIMATORS) == NAMES
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_readings_are_unbiased_on_a_regression_of_known_noise(name: str) -> None:
     # Theory F1 with A = I and |e| = 1: |G|^2 = 1, tr(Sigma) = 1 + q DIM with q = 1 + LABEL_NOISE^2.
     model, generator = regression(), torch.Generator().manual_seed(5)
@@ -94,7 +96,7 @@ def test_readings_are_unbiased_on_a_regression_of_known_noise(name: str) -> None
 
 
 @pytest.mark.parametrize("factor", [1e-3, 7.0, 1e4])
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_both_moments_are_multiplied_by_the_square_of_what_multiplies_the_loss(name: str, factor: float) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)
@@ -105,7 +107,7 @@ def test_both_moments_are_multiplied_by_the_square_of_what_multiplies_the_loss(n
     assert scaled == pytest.approx([factor**2 * moment for moment in plain], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_the_gradient_is_bit_identical_with_and_without(name: str) -> None:
     samples = draw(BATCH, torch.Generator().manual_seed(1))
     gradients = []
@@ -127,7 +129,7 @@ def test_the_gradient_is_bit_identical_with_and_without(name: str) -> None:
             assert torch.equal(mine, plain.grad)
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_a_step_that_is_not_measured_has_no_hooks_and_leaves_none(name: str) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)
@@ -148,7 +150,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(table) for each in tables for table in each) + sum(map(len, of_parameters))
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_nothing_is_left_of_a_step_that_was_given_up(name: str) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)
@@ -159,7 +161,7 @@ def test_nothing_is_left_of_a_step_that_was_given_up(name: str) -> None:
     assert step(name, found, model, samples) == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_equal_samples_have_no_noise(name: str) -> None:
     one = draw(1, torch.Generator().manual_seed(1))
     samples = (one[0].expand(BATCH, DIM), one[1].expand(BATCH))
@@ -173,7 +175,7 @@ def test_equal_samples_have_no_noise(name: str) -> None:
         model.zero_grad()
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_the_noise_of_a_step_is_never_negative(name: str) -> None:
     model, generator = net(), torch.Generator().manual_seed(2)
     found = meter(name, model)
@@ -184,14 +186,14 @@ def test_the_noise_of_a_step_is_never_negative(name: str) -> None:
         model.zero_grad()
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_a_step_of_one_sample_gives_no_reading(name: str) -> None:
     model = net()
-    assert ESTIMATORS[name].parts(plan(name, 1)) == 1
+    assert find_estimator(name).parts(plan(name, 1)) == 1
     assert step(name, meter(name, model), model, draw(1, torch.Generator().manual_seed(2))) is None
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@each
 def test_losses_are_those_of_the_micro_batches_and_a_step_without_any_reads_as_nothing(name: str) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)

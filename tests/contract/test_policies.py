@@ -9,6 +9,7 @@ from orchestrator.core.policies import PLANNED, POLICIES, PREFERENCES, PolicySet
 from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.core.throughput import StepModel
 from orchestrator.types import NoiseStats, Verdict
+from tests.contract.plugins import PLUGINS
 
 FLOOR, CEILING = 8, 4096
 RAMP = ((0, 8), (500, 64), (10**6, 4096))
@@ -35,8 +36,9 @@ KNOBS = {
 }
 
 batches = st.integers(FLOOR, CEILING)
+NAMES = [*POLICIES, *PLUGINS["policy"]]
 # These carry out a plan of the user's over the samples: what the noise allows is not theirs to ask.
-MEASURED = [name for name in POLICIES if name not in PLANNED]
+MEASURED = [name for name in NAMES if name not in PLANNED]
 
 scales = st.floats(1e-300, 1.7e308)
 counts = st.integers(0, 10**12)
@@ -80,7 +82,7 @@ def policy(name: str, **more):
 
 def turn(name: str, data) -> dict:
     """The policy's knob, turned anywhere; a policy whose knob is not known here fails."""
-    key, values = KNOBS[name]
+    key, values = ("kappa", positive) if name in PLUGINS["policy"] else KNOBS[name]
     return {key: data.draw(values)}
 
 
@@ -88,7 +90,7 @@ def settings(name: str, **more):
     return PolicySettings(name=name, floor=FLOOR, ceiling=CEILING, **(NEEDED.get(name, {}) | more))
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", NAMES)
 @given(situation=situations(), shrink=st.booleans(), data=st.data())
 def test_policies_are_pure_stay_within_limits_and_give_a_reason(name, situation, shrink, data) -> None:
     turned = turn(name, data) if name not in PLANNED | {"fixed"} else {}
@@ -107,7 +109,7 @@ def test_a_planned_policy_does_not_look_at_the_noise(name, situation, other) -> 
     assert policy(name, shrink=True)(elsewhere) == policy(name, shrink=True)(situation)
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", NAMES)
 @given(situation=situations(), steps=step_models(), workers=st.integers(1, 6), data=st.data())
 def test_only_a_policy_declared_time_dependent_looks_at_step_times(name, situation, steps, workers, data) -> None:
     given_ = turn(name, data) if name in KNOBS else {}
@@ -145,7 +147,7 @@ def test_growth_is_at_most_the_cap_and_is_paid_by_the_credit(name, situation) ->
     grown = policy(name, max_growth=2.0)(situation).target_batch
     assert grown <= 2 * situation.batch
     if situation.credit is not None:
-        prefer = PREFERENCES.get(name)
+        prefer = PREFERENCES.get("noise_scale" if name in PLUGINS["policy"] else name)
         paid = prefer(settings(name))(situation).batch_at(situation.credit) if prefer else 0.0
         assert grown <= max(situation.batch, round(min(paid, CEILING)))
 

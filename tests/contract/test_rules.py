@@ -9,10 +9,15 @@ from hypothesis import given, strategies as st
 
 from orchestrator.core.companions import Companions, Jump, StepScale
 from orchestrator.core.lr_rules import LR_RULES, build_rule
+from tests.contract.plugins import PLUGINS
 
 RULE_SETTINGS = {"power": {"exponent": 0.7}, "noise_scale": {"exponent": 1.0}, "surge": {"peak_batch": 1000}}
+NAMES = [*LR_RULES, *PLUGINS["rule"]]
 # Of the rules, these fall above their peak: they promise the shape that is tested at the end, and not the usual one.
 PEAKED = {"surge"}
+# A rule of one's own that is not meant to rise with the batch says so: ``rule.monotone = False``.
+FALLING = {name for name in PLUGINS["rule"] if not getattr(build_rule(name), "monotone", True)}
+USUAL = [name for name in NAMES if name not in PEAKED | FALLING]
 
 noise_scales = st.none() | st.floats(0, 1.7e308)
 ratios = st.floats(1e-300, 1e300)
@@ -22,13 +27,21 @@ def rule(name: str):
     return build_rule(name, **RULE_SETTINGS.get(name, {}))
 
 
-@pytest.mark.parametrize("name", list(LR_RULES))
+@pytest.mark.parametrize("name", NAMES)
 @given(noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
 def test_rules_are_exactly_one_at_ratio_one(name, noise_scale, base_batch) -> None:
     assert rule(name)(1.0, noise_scale=noise_scale, base_batch=base_batch) == 1.0
 
 
-@pytest.mark.parametrize("name", [name for name in LR_RULES if name not in PEAKED])
+@pytest.mark.parametrize("name", NAMES)
+@given(ratio=st.floats(1e-6, 1e6), noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
+def test_rules_are_pure_finite_and_positive(name, ratio, noise_scale, base_batch) -> None:
+    factors = [rule(name)(ratio, noise_scale=noise_scale, base_batch=base_batch) for _ in range(2)]
+    assert factors[0] == factors[1]
+    assert 0 < factors[0] < math.inf
+
+
+@pytest.mark.parametrize("name", USUAL)
 @given(ratio=ratios, noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
 def test_rules_lie_between_one_and_the_ratio(name, ratio, noise_scale, base_batch) -> None:
     factor = rule(name)(ratio, noise_scale=noise_scale, base_batch=base_batch)
@@ -36,7 +49,7 @@ def test_rules_lie_between_one_and_the_ratio(name, ratio, noise_scale, base_batc
     assert min(1.0, ratio) * (1 - 1e-12) <= factor <= max(1.0, ratio) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in LR_RULES if name not in PEAKED])
+@pytest.mark.parametrize("name", USUAL)
 @given(many=st.lists(ratios, min_size=2, max_size=9), noise_scale=noise_scales, base_batch=st.integers(1, 10**9))
 def test_rules_rise_with_the_ratio(name, many, noise_scale, base_batch) -> None:
     factors = [rule(name)(ratio, noise_scale=noise_scale, base_batch=base_batch) for ratio in sorted(many)]
@@ -93,7 +106,7 @@ def applied(name: str, companions: Companions, base: dict[str, Any], ratio: floa
     return companions.settings(base, StepScale(ratio=ratio, rule=factor))
 
 
-@pytest.mark.parametrize("name", list(LR_RULES))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("companions", COMPANIONS.values(), ids=COMPANIONS.keys())
 @given(base=groups, noise_scale=st.none() | st.floats(0, 1e12))
 def test_at_ratio_one_all_settings_are_the_base_bit_for_bit(name, companions, base, noise_scale) -> None:
@@ -101,7 +114,7 @@ def test_at_ratio_one_all_settings_are_the_base_bit_for_bit(name, companions, ba
     assert found == {key: base[key] for key in found}
 
 
-@pytest.mark.parametrize("name", list(LR_RULES))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("companions", COMPANIONS.values(), ids=COMPANIONS.keys())
 @given(base=groups, ratio=st.floats(1 / 64, 8), schedule=st.floats(0, 1))
 def test_a_schedule_multiplies_the_rate_alone(name, companions, base, ratio, schedule) -> None:
