@@ -23,6 +23,7 @@ from orchestrator.core.companions import (
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.errors import ConfigError
 from orchestrator.optim import LAMB, LANS, LARS
+from orchestrator.runtime.collective import Solo
 from orchestrator.runtime.update import WeightUpdate
 
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -106,6 +107,7 @@ def update_of(optimizer: torch.optim.Optimizer, companions: Companions, *, base_
         scaler=None,
         max_grad_norm=None,
         device=torch.device("cpu"),
+        collective=Solo(),
         base_batch=base_batch,
         companions=companions,
     )

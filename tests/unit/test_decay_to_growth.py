@@ -35,7 +35,9 @@ def run_config(optimizer: str = "sgd", lr: float = 0.1, initial: int = 128, **se
         "train": {"samples": 100_000},
     }
     # Merged into the tests' sgd, whose momentum belongs to no other optimizer.
-    own = {"momentum": 0.9 if optimizer in ("sgd", "lars") else None}
+    own: dict[str, Any] = {"momentum": 0.9 if optimizer in ("sgd", "lars") else None}
+    if "part_samples" in OPTIMIZER_KEYS.get(optimizer, ()):
+        own["part_samples"] = 16
     return config("runs", optimizer={"name": optimizer, "lr": lr, **own}, **(base | sections))
 
 
@@ -66,7 +68,7 @@ def test_noise_follows_the_decayed_baseline_whatever_the_batch(optimizer, rule) 
     settled = rules_from(
         run_config(optimizer, schedule={"name": "cosine"}, lr_rule={"name": rule}), dataset_size=50_000
     )
-    power, base = 1.0 if optimizer in ("sgd", "lars") else 0.5, 128
+    power, base = 1.0 if optimizer in ("sgd", "lars", "clars", "vr_sgd") else 0.5, 128
     for seen in (0, 1, 49_999, 70_000, 99_999):
         for batch in (1, 100, 128, 129, 640, 10**6):
             fraction = settled.schedule(seen)
