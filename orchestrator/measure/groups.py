@@ -15,6 +15,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from orchestrator.measure.norms import norm
 from orchestrator.measure.preconditioner import AdamPreconditioner
 
 PRECONDITIONED = "preconditioned"
@@ -141,9 +142,7 @@ class GroupMeter:
 
 def _square(gradient: Tensor) -> Tensor:
     """|gradient|^2 in float64, 0-D, on the gradient's device."""
-    if gradient.is_sparse:
-        gradient = gradient.coalesce().values()
-    return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    return norm(gradient).double().square()
 
 
 def _unlike(groups: Iterable[str]) -> str:

@@ -49,8 +49,9 @@ class AdamPreconditioner:
         square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         dtype = torch.promote_types(square.dtype, torch.float32)
         correction = (1 - group["betas"][1] ** state["step"].double()).sqrt()  # in float32, 1 - 0.999 is off by 1e-5
-        root = square.to(dtype).sqrt() / correction.to(dtype)
-        return gradient.to(dtype) / (root + group["eps"]).sqrt()
+        # Made anew for each gradient: kept for the step, it would be one more copy of the weights.
+        root_of_metric = square.to(dtype).sqrt().div_(correction.to(dtype)).add_(group["eps"]).rsqrt_()
+        return root_of_metric.mul_(gradient)
 
     def is_settled(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
         """Whether each of ``parameters`` has been moved ``SETTLED_STEPS`` times: 0-D bool, without waiting for it."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from orchestrator.core import groups, noise
@@ -119,6 +120,28 @@ def moments(weighted_sq_sum: float, mean_grad_sq: float) -> tuple[float, float]:
     )
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize("shape", [(1_000_000,), (2, 500_000), (1000, 1000)])
+def test_a_million_equal_numbers_are_summed_to_1e_6(shape: tuple[int, ...]) -> None:
+    # One float32 sum over all of them is off by 1e-5.
+    parameter = nn.Parameter(torch.zeros(shape))
+    meter = GroupMeter({"all": [parameter]})
+    meter.begin_step(measure=False)
+    parameter.grad = torch.full(shape, 0.1)
+    assert meter.read().mean_grad_sq.item() == pytest.approx(float(torch.tensor(0.1)) ** 2 * 1e6, rel=1e-6)
+
+
+def test_bfloat16_gradients_are_summed_in_float32() -> None:
+    parameter = nn.Parameter(torch.ones(300, 300, dtype=torch.bfloat16))
+    meter = GroupMeter({"all": [parameter]})
+    meter.begin_step(measure=True)
+    (parameter.float() * torch.linspace(1, 2, 300)).sum().backward()
+    meter.end_micro_batch(size=4, loss_scale=1.0)
+    assert parameter.grad is not None
+    exact = float(parameter.grad.double().square().sum())
+    found = meter.read()
+    assert (found.weighted_sq_sum.item(), found.mean_grad_sq.item()) == pytest.approx((4 * exact, exact), rel=1e-6)
 
 
 def test_layers_are_modules_that_own_parameters_and_share_out_all_of_them() -> None:
@@ -244,6 +267,15 @@ def test_a_run_writes_a_line_at_each_decision_and_trains_as_without(tmp_path: Pa
     assert list(found[-1]["groups"]) == ["0.0", "0.2", "0.4"]
     assert found[-1]["groups"]["0.4"]["noise_scale"] > 0
     assert found[-1]["groups"]["0.4"]["diversity"] == 1 + found[-1]["groups"]["0.4"]["noise_scale"]
+
+
+def test_the_curves_have_a_point_of_each_group_at_each_decision_that_knows_it(tmp_path: Path) -> None:
+    run(tmp_path)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for name in ("0.0", "0.2", "0.4"):
+        known = [(r["samples_seen"], r["groups"][name]["noise_scale"]) for r in lines(tmp_path)]
+        points = [(point.step, point.value) for point in board.Scalars(f"noise_scale/{name}")]
+        assert points == [(seen, pytest.approx(value, rel=1e-6)) for seen, value in known if value is not None]
 
 
 def test_one_group_of_all_parameters_reads_as_the_whole(tmp_path: Path) -> None:
