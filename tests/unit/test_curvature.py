@@ -23,7 +23,7 @@ from orchestrator.runtime.worker import local_worker
 from orchestrator.session import Session
 from orchestrator.train import train
 from orchestrator.types import Verdict
-from tests.support import blobs, config, cross_entropy
+from tests.support import blobs, config, cross_entropy, mlp
 
 SMALL = 6  # samples in a micro-batch
 
@@ -249,6 +249,13 @@ def test_a_run_is_the_same_to_the_last_bit_with_and_without(tmp_path: Path) -> N
         assert row["readings"] == READINGS
     assert on["asked"][0][2] != on["asked"][1][2]  # other samples each time
     assert not rows(tmp_path / "off", folder.EVENTS, "curvature")
+
+
+def test_a_meter_that_watches_the_layers_does_not_see_it(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"estimator": "per_example", "groups": "layers"}
+    on = run(tmp_path / "on", mlp(), measure=sections | {"curvature_every_samples": 128})
+    assert_trained_alike(on, run(tmp_path / "off", mlp(), measure=sections))
+    assert len(rows(tmp_path / "on", folder.EVENTS, "curvature")) == 2
 
 
 def test_gradients_and_hessian_of_a_reading_come_from_different_samples(tmp_path: Path) -> None:

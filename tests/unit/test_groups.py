@@ -311,6 +311,12 @@ def test_a_run_that_was_stopped_between_decisions_goes_on_with_its_averages(tmp_
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
+def test_another_estimator_beside_them_leaves_the_groups_as_they_are(tmp_path: Path) -> None:
+    run(tmp_path / "micro_batch")
+    run(tmp_path / "per_example", measure={"groups": "layers", "estimator": "per_example"})
+    assert lines(tmp_path / "per_example") == lines(tmp_path / "micro_batch")
+
+
 def test_steps_of_one_micro_batch_say_that_they_cannot_be_measured(tmp_path: Path) -> None:
     run(tmp_path, batch={"initial": 8, "micro_batch": 8, "max": 8})
     verdicts = {entry["verdict"] for row in lines(tmp_path) for entry in row["groups"].values()}
