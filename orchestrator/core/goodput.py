@@ -17,13 +17,16 @@ from orchestrator.core.throughput import StepModel
 
 
 def efficiency(noise_scale: float, batch: float, *, base_batch: int) -> float:
-    """(S + B0) / (S + B): what a sample in a batch of B is worth, where one in a batch of B0 is worth 1."""
+    """(S + B0) / (S + B): what a sample in a batch of B is worth, where one in a batch of B0 is worth 1.
+
+    The statistical efficiency of Pollux (Qiao et al. 2021, arXiv:2008.12260).
+    """
     return (noise_scale + base_batch) / (noise_scale + batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goodput:
-    """What is made the most of, and among which batches [samples] and fleets.
+    """What is made the most of, and among which batches [samples] and fleets (Qiao et al. 2021, arXiv:2008.12260).
 
     The value of a batch and a fleet of K workers is log goodput - ``cost_weight`` x log K: at 0 the run is the
     shortest; at 1, goodput for each worker, the one of fewest worker-hours; in between, a halving of the time is worth

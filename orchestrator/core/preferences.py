@@ -70,6 +70,8 @@ def tradeoff(exchange_rate: float) -> Preference:
 def timed_tradeoff(price_per_worker_hour: float | None, price_per_sample: float | None) -> Preferred:
     """``tradeoff`` at the exchange rate of the run's own step times: the shortest run of the workers there are.
 
+    McCandlish et al. 2018, arXiv:1812.06162, appendix D.2, with r derived here.
+
     A step of K workers takes t0 + t1 x B / K seconds while the batch grows on the same workers, so a saved step is
     worth r = K t0 / t1 samples. The same batch is the cheapest where only worker-hours are paid, since K does not
     change with it. Samples that cost something by themselves (labels, a simulator, a metered store) lower r: with

@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 
 from orchestrator.core import advising, intervals, lr_rules, noise, policies, preferences, schedules
+from orchestrator.core.expected_smoothness import ExpectedSmoothness
+from orchestrator.core.goodput import Goodput
 from orchestrator.measure import hessian
 from orchestrator.optim import OPTIMIZERS
 
 PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}\b|doi:10\.\d{4,9}/\S+")
 
 # A registered name and what carries its formula, where that is not the module's attribute of the same name.
-SAME = {("lr_rules", "adascale"): lr_rules.noise_scale, ("preferences", "noise_scale"): preferences.proportional}
+SAME = {
+    ("lr_rules", "adascale"): lr_rules.noise_scale,
+    ("preferences", "noise_scale"): preferences.proportional,
+    ("preferences", "goodput"): Goodput,
+    ("preferences", "expected_smoothness"): ExpectedSmoothness,
+}
 
 # What is nobody's: bookkeeping, textbook numerics with their own reference, and shapes older than any paper.
 NOBODYS = {
@@ -25,6 +32,7 @@ NOBODYS = {
     "schedules": {"constant", "linear", "step", "build_schedule"},
     "noise": {"init", "absorb"},
     "intervals": {"t_quantile"},
+    "preferences": {"always", "exploring", "untimed"},
 }
 
 
