@@ -149,6 +149,7 @@ class Session:
         self._asked = Announcement()  # what was heard and not done yet
         self._stop_reason: str | None = None  # asked for on this rank
         self._stopped: str | None = None  # on all
+        self._trunk = self._state  # beside a branch
         self._branches = Branches(
             rules.branching,
             model=model,
@@ -195,7 +196,7 @@ class Session:
 
     @property
     def lr_factor(self) -> float:
-        """What the base learning rates are multiplied by in the step at hand, computed afresh from the samples seen."""
+        """What schedule and rule multiply the base learning rates by in the step at hand, from the samples seen."""
         return self._state.scale(self._at_hand.plan.batch).lr
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
@@ -326,6 +327,8 @@ class Session:
         return self._curvature.measure(loss_of, step=self.step_number - 1, samples_seen=self.samples_seen)
 
     def close(self) -> None:
+        if self.on_branch:  # the loop was left in the midst of one: the model is the trunk's again
+            self._leave_branches()
         self._randomness.end()
         self._loader.close()
         self._meter.close()
@@ -373,7 +376,7 @@ class Session:
         )
         self._meter.begin_step(measure=measured)
         self._update.begin_step()
-        self._groups.begin_step(measure=measured)
+        self._groups.begin_step(measure=measured and plan.num_micro_batches >= 2)
         self._replica.begin_step(again=repeats)
         return self._step
 
@@ -400,7 +403,8 @@ class Session:
             samples_seen=self.samples_seen,
             plan=step.plan,
             spans=[(before + offset, size) for offset, size in step.spans],
-            lr=self._update.base_lr * scale.lr,
+            lr=self._update.lr,
+            rule_lr=self._update.base_lr * scale.lr,
             parts=self._estimator.parts(step.plan),
             measured=step.measured,
             mean_grad_sq=reading.mean_grad_sq,
@@ -442,19 +446,43 @@ class Session:
 
     def _on_branches(self) -> bool:
         """Whether the next step belongs to a branch; begins a round of them where one is due."""
-        before, found = self._state, None
-        if self._branches.under_way:
-            self._state, found = self._branches.go_on(stop=self._stop_reason is not None)
-        elif self._branches.due(self._state) and not (self._asked.stop or self._asked.hold):
+        if self.on_branch:
+            self._asked = self._asked.or_else(self._exchange.listen(stop=self._stop_reason is not None))
+            if self._asked.interrupts:
+                self._leave_branches()  # the round is due again when the run goes on
+                return False
+            before, found = self._state, self._branches.go_on()
+            if found is not None:
+                self._leave_branches()
+                self._history.branched(found, samples_seen=self.samples_seen)
+            elif self._branches.state is not before:
+                self._begin_branch()
+        elif self._branches.due(self._state):
             self._settle()
-            self._state = self._branches.begin(self._state)
-        if found is not None:
-            self._history.branched(found, samples_seen=self.samples_seen)
-        if self.on_branch and self._state is not before:
-            self._adopt(self._branches.plan())
-        elif self._state is not before:
-            self._set_course()
+            if not self._asked.interrupts:
+                self._begin_round()
         return self.on_branch
+
+    def _begin_round(self) -> None:
+        self._trunk = self._state
+        waited = self._trunk.round_waits
+        problem = self._branches.begin(self._trunk, noise_scale=self._history.journal.noise_scale)
+        if problem is None:
+            self._begin_branch()
+        elif not (waited and self._trunk.round_waits):  # said once
+            self._history.journal.event(
+                "branches_put_off", reason=problem, step=self.step_number, samples_seen=self.samples_seen
+            )
+
+    def _begin_branch(self) -> None:
+        self._state = self._branches.state
+        self._adopt(self._branches.plan())
+
+    def _leave_branches(self) -> None:
+        if self.on_branch:
+            self._branches.give_up()
+        self._state = self._trunk
+        self._set_course()
 
     def _end(self) -> None:
         self._settle()
@@ -522,14 +550,20 @@ class Session:
         *limits, loss_sum = self._collective.sum([*limits, step.loss_sum(reading)])
         self._settle()
         if any(limits):
-            step.again = True
             if self.on_branch:  # the kept state took the room, which the trunk will have again
                 self._update.discard()
-                self._state = self._branches.give_up()
-                self._set_course()
-                self._step = None
+                self._leave_branches()
+                self._state.round_done()
+                self._history.journal.event(
+                    "branches_put_off",
+                    reason="memory ran out on a branch",
+                    step=self.step_number,
+                    samples_seen=self.samples_seen,
+                )
+                step.finished = True
             else:
                 self._redo_smaller([int(limit) - 1 for limit in limits])
+                step.again = True
             return False
         if self._update.scaler is None and not (math.isfinite(loss_sum) and self._meter.is_finite()):
             if self.on_branch:

@@ -115,6 +115,11 @@ class RunConfig(Section):
         part, batch = self.optimizer.part_samples, self.batch
         if part is None:
             return []
+        if self.measure.estimator == "split":
+            rule = "split would halve the parts that the optimizer compares, and so train with another optimizer"
+            fix = "write measure.estimator: micro_batch, which compares the parts themselves"
+            keys: tuple[str, ...] = ("measure.estimator", "optimizer.part_samples")
+            return [Broken(keys=keys, value="split", rule=rule, fix=fix)]
         key = "batch.min" if self.controller.shrink and batch.min < batch.initial else "batch.initial"
         lowest = min(batch.min, batch.initial) if key == "batch.min" else batch.initial
         if part > batch.micro_batch:

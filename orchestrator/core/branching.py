@@ -20,9 +20,13 @@ FEWEST_STEPS = 4  # of the largest branch; the loss is read from the second half
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchSettings:
-    """How often branches are trained, for how long each, and by how much a loss may lie above another."""
+    """How often branches are trained, for how long each, and by how much a loss may lie above another.
+
+    A round that is due waits for a noise scale to compare with, and is looked at again every ``retry_samples``.
+    """
 
     every_samples: int
+    retry_samples: int
     samples: int  # of each branch
     tolerance: float  # loss
     ceiling: int  # samples; the largest batch that may be tried

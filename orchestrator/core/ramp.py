@@ -26,4 +26,5 @@ class InForce:
 
     target: Target
     ramp: Ramp | None = None
-    branched_samples: int = 0  # samples seen at the last round of branches
+    branched_samples: int = 0  # samples seen when a round of branches was last due
+    round_waits: bool = False  # for a noise scale

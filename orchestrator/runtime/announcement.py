@@ -33,6 +33,11 @@ class Announcement:
     plan: ApplyPlan | None = None
     sums: tuple[StepSums, ...] = ()
 
+    @property
+    def interrupts(self) -> bool:
+        """Whether something is asked for that is done at a boundary of the run itself."""
+        return self.stop or self.hold or self.save
+
     def encode(self) -> list[float]:
         flags = [float(self.stop), float(self.hold), float(self.save), float(self.rest_steps)]
         sums = [number for step in self.sums for number in (step.weighted_sq_sum, step.loss_sum)]

@@ -1,21 +1,22 @@
 """Branches: the same samples trained at several batches from one state, and that state put back after.
 
 The trunk stands still meanwhile. The steps of a branch come to the user's loop like any others; what they change is
-what ``_Kept`` holds, and nothing of them is measured, written down or counted.
+what ``Kept`` holds, and nothing of them is measured, written down or counted.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import nn
 
 from orchestrator.core.branching import BranchSettings, multiples_for
 from orchestrator.ports import Collective
+from orchestrator.runtime.kept import Kept
+from orchestrator.runtime.memory import is_out_of_memory
 from orchestrator.runtime.run_state import RunState
 from orchestrator.types import ApplyPlan, Branched
 
@@ -45,13 +46,36 @@ class Branches:
 
     def due(self, state: RunState) -> bool:
         """Whether a round should begin from ``state``, at the boundary after a step."""
-        settings = self._settings
-        return settings is not None and state.round_due(settings.every_samples) and bool(self._multiples(state))
+        return self._settings is not None and state.round_due(self._settings) and bool(self._multiples(state))
 
-    def begin(self, trunk: RunState) -> RunState:
-        """What to train in the place of ``trunk``: its first branch, by ``plan``."""
+    def begin(self, trunk: RunState, *, noise_scale: float | None) -> str | None:
+        """Collective. Begin a round; why not, if not. ``noise_scale`` is rank zero's, and goes with the branches' rule.
+
+        Without one there is nothing to compare with, and a rule that goes by it would give every branch the same rate:
+        the round waits. Where memory does not suffice to keep the state, it is given up.
+        """
         assert self._settings is not None, "a round was due"
-        self._round = _Round(trunk, self._multiples(trunk), self._settings.samples, _Kept(*self._of))
+        known: float | None = self._collective.share(noise_scale)
+        if known is None:
+            trunk.round_done(waits=True)
+            return "a round of branches waits until the noise scale is known"
+        kept = None
+        try:
+            kept = Kept(*self._of)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if self._collective.sum([float(kept is None)])[0]:
+            trunk.round_done()
+            return "memory does not suffice to keep the state that branches would begin from"
+        assert kept is not None, "no rank ran out of memory"
+        self._round = _Round(trunk, self._multiples(trunk), self._settings.samples, kept, known)
+        return None
+
+    @property
+    def state(self) -> RunState:
+        """What to train on, in the trunk's place."""
+        assert self._round is not None
         return self._round.state
 
     def plan(self) -> ApplyPlan:
@@ -69,30 +93,20 @@ class Branches:
         assert self._round is not None
         self._round.diverged = True
 
-    def go_on(self, *, stop: bool) -> tuple[RunState, Branched | None]:
-        """Collective at the end of a branch. What to train next, and what was found if the round is over.
-
-        A stop that any rank was asked for ends the round, without a result.
-        """
+    def go_on(self) -> Branched | None:
+        """Collective at the end of a branch. Go to the next, or end the round with what it found."""
         assert self._round is not None
         if not self._round.at_end_of_branch:
-            return self._round.state, None
-        loss_sum, stops = self._collective.sum([self._round.loss_sum, float(stop)])
-        self._round.end_branch(loss_sum)
-        if stops:
-            return self._end(), None  # the round is due again when the run goes on
+            return None
+        self._round.end_branch(self._collective.sum([self._round.loss_sum])[0])
         if self._round.next_branch():
-            return self._round.state, None
+            return None
         found = self._round.result()
-        return self.give_up(), found
+        self.give_up().round_done()
+        return found
 
     def give_up(self) -> RunState:
-        """End the round; the trunk, as it was, and not to be branched here again."""
-        trunk = self._end()
-        trunk.round_done()
-        return trunk
-
-    def _end(self) -> RunState:
+        """End the round without a result: the trunk, as it was, where the round is still due."""
         assert self._round is not None
         trunk = self._round.trunk
         self._round.kept.put_back()
@@ -105,10 +119,13 @@ class Branches:
 
 
 class _Round:
-    def __init__(self, trunk: RunState, multiples: tuple[int, ...], samples: int, kept: _Kept) -> None:
+    def __init__(
+        self, trunk: RunState, multiples: tuple[int, ...], samples: int, kept: Kept, noise_scale: float
+    ) -> None:
         self.trunk = trunk
         self.kept = kept
         self._samples = samples
+        self._noise_scale = noise_scale
         self._waiting = list(multiples)
         self._losses: list[tuple[int, float | None]] = []
         self._begin_branch()
@@ -137,11 +154,12 @@ class _Round:
 
     def plan(self) -> ApplyPlan:
         assert self.trunk.in_force is not None, "a plan was adopted"
-        plan, target = self.trunk.plan, self.trunk.in_force.target
-        batch = self._multiple * target.batch
+        batch, target = self._multiple * self.trunk.plan.batch, self.trunk.in_force.target
+        # The trunk keeps the noise scale that its own batch was decided with; a larger one is decided with today's.
+        scale = target.noise_scale if self._multiple == 1 else self._noise_scale
         return ApplyPlan(
-            plan=replace(plan, batch=batch),  # in the same micro-batches
-            target=replace(target, batch=batch),
+            plan=replace(self.trunk.plan, batch=batch),  # in the same micro-batches
+            target=replace(target, batch=batch, noise_scale=scale),
             lr_factor=1.0,  # for the record of a plan, and this one leaves none
             effective_step=self.state.step,
             reason=f"a branch at {self._multiple} times the batch",
@@ -154,32 +172,3 @@ class _Round:
         self._multiple = self._waiting.pop(0)
         self.diverged, self.loss_sum, self._loss_samples = False, 0.0, 0
         self.state = self.trunk.branch(samples=self._samples)
-
-
-class _Kept:
-    """All that training changes, as it was; on the device where it lives."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None,
-        device: torch.device,
-    ) -> None:
-        self._tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-        self._optimizer, self._optimizer_state = optimizer, copy.deepcopy(optimizer.state_dict())
-        self._scaler, self._scaler_state = scaler, {} if scaler is None else copy.deepcopy(scaler.state_dict())
-        self._device = device if device.type == "cuda" else None
-        self._generator = torch.get_rng_state()  # what the user's own loop draws from
-        self._device_generator: Any = None if self._device is None else torch.cuda.get_rng_state(self._device)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        for tensor, kept in self._tensors:
-            tensor.copy_(kept)
-        self._optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))  # it keeps what it is given
-        if self._scaler is not None:
-            self._scaler.load_state_dict(self._scaler_state)
-        torch.set_rng_state(self._generator)
-        if self._device is not None:
-            torch.cuda.set_rng_state(self._device_generator, self._device)

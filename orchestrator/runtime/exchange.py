@@ -32,7 +32,8 @@ class OwnStep:
     samples_seen: int  # after it
     plan: BatchPlan
     spans: Sequence[tuple[int, int]]  # what this rank took: (first position, size)
-    lr: float
+    lr: float  # stepped with
+    rule_lr: float  # of schedule and rule
     parts: int  # over all ranks, that its gradients are compared between
     measured: bool
     mean_grad_sq: float
@@ -80,6 +81,13 @@ class Exchange:
             if self._collective.world_size == 1 or (announces and self._lag_steps == 1):
                 heard = heard.or_else(self._finish())
         return heard
+
+    def listen(self, *, stop: bool) -> Announcement:
+        """Collective. What is asked for now, while no steps are finished that could be told of."""
+        said = Announcement(stop=stop)
+        if self._collective.rank == 0:
+            said = self._history.speak(said, decided_at=(), rest_steps=self._rest_steps)
+        return Announcement.decode(self._collective.sum(said.encode()))
 
     def settle(self, *, stop: bool) -> Announcement:
         """Collective. Exchange all that waits now: what follows needs the controller to know it."""
@@ -139,12 +147,13 @@ def _finished(step: OwnStep, sums: StepSums) -> FinishedStep:
         batch=batch,
         micro_batches=step.parts,
         loss=sums.loss_sum / batch,
-        lr=step.lr,
+        lr=step.rule_lr,
         grad_sq=None if moments is None else moments[0],
         trace_cov=None if moments is None else moments[1],
     )
     return FinishedStep(
         measured=GradMeasured(sample=sample, step_time_s=step.step_time_s),
+        lr=step.lr,
         plan=step.plan,
         spans=step.spans,
         decides=step.decides,

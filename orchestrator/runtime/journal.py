@@ -37,9 +37,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedStep:
-    """A step as all ranks together made it; ``spans`` is what this rank took of it: (first position, size)."""
+    """A step as all ranks together made it; ``spans`` is what this rank took of it: (first position, size).
+
+    ``lr`` is what the optimizer stepped with; the controller is told that of schedule and rule, which differs where the
+    momentum follows the batch, and is what noise goes with.
+    """
 
     measured: GradMeasured
+    lr: float
     plan: BatchPlan
     spans: Sequence[tuple[int, int]]
     decides: bool
@@ -113,7 +118,8 @@ class Journal:
             "samples_seen": sample.samples_seen,
             "epoch": sample.samples_seen / self._dataset_size,
             "loss": sample.loss,
-            "lr": sample.lr,
+            "lr": finished.lr,
+            "rule_lr": sample.lr,
             "global_batch": sample.batch,
             "micro_batch": plan.micro_batch,
             "accum_steps": plan.accum_steps,
@@ -139,6 +145,12 @@ class Journal:
         if decides or self._stats is None:
             self._stats = noise.stats(self._noise, self._rules.noise)
         return self._stats
+
+    @property
+    def noise_scale(self) -> float | None:
+        """As known after the last line, where its interval has two ends; rank zero's."""
+        stats = noise.stats(self._noise, self._rules.noise)
+        return stats.noise_scale if stats.bounded else None
 
     def _say_outcome(self, outcome: Outcome, *, step: int, samples_seen: int) -> None:
         took, predicted = outcome.realised_step_time_s, outcome.predicted_step_time_s

@@ -52,7 +52,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
         base_batch=batch.initial,
         micro_batch=batch.micro_batch if config.optimizer.part_samples is None else config.optimizer.part_samples,
         act=act,
-        measurable=act and control.policy != "fixed" and estimator.cuts,
+        measurable=act and control.policy != "fixed" and (estimator.cuts or _by_group(config)),
         split=estimator.halves,
         branching=_branching(config, ceiling=settings.ceiling),
         every_samples=control.every_samples,
@@ -103,7 +103,18 @@ def _branching(config: RunConfig, *, ceiling: int) -> BranchSettings | None:
     every, samples, tolerance = control.branch_every_samples, control.branch_samples, control.branch_tolerance
     if every is None or samples is None or tolerance is None:
         return None
-    return BranchSettings(every_samples=every, samples=samples, tolerance=tolerance, ceiling=ceiling)
+    return BranchSettings(
+        every_samples=every,
+        retry_samples=control.every_samples,
+        samples=samples,
+        tolerance=tolerance,
+        ceiling=ceiling,
+    )
+
+
+def _by_group(config: RunConfig) -> bool:
+    """Whether micro-batches are compared by group, whatever the estimator compares."""
+    return config.measure.groups != "none" or config.measure.preconditioned
 
 
 def _worker_limits(config: RunConfig) -> WorkerLimits:

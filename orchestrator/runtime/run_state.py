@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import final
 
 from orchestrator.core import cursor
+from orchestrator.core.branching import BranchSettings
 from orchestrator.core.companions import Jump, StepScale
 from orchestrator.core.controller import Rules, is_decision_point
 from orchestrator.core.ramp import InForce, Ramp
@@ -78,16 +79,24 @@ class RunState:
         """A copy that goes its own way from here, over so many samples."""
         branch = copy.copy(self)
         branch.next, branch.end = None, min(self.end, self.samples_seen + samples)
+        branch._ramp_samples = 0  # branches are judged at the rate that the rule leads to, not on the way there
         return branch
 
-    def round_due(self, every_samples: int) -> bool:
-        """Whether a multiple of ``every_samples`` was passed since the last round of branches."""
+    def round_due(self, settings: BranchSettings) -> bool:
+        """Whether a round of branches should begin here."""
         assert self.in_force is not None, "a plan was adopted"
-        return self.samples_seen // every_samples > self.in_force.branched_samples // every_samples
+        every = settings.retry_samples if self.round_waits else settings.every_samples
+        return self.samples_seen // every > self.in_force.branched_samples // every
 
-    def round_done(self) -> None:
+    @property
+    def round_waits(self) -> bool:
+        """Whether the round that is due here was put off before."""
+        return self.in_force is not None and self.in_force.round_waits
+
+    def round_done(self, *, waits: bool = False) -> None:
+        """The round that was due here is over, or ``waits`` to be looked at again."""
         assert self.in_force is not None, "a plan was adopted"
-        self.in_force = replace(self.in_force, branched_samples=self.samples_seen)
+        self.in_force = replace(self.in_force, branched_samples=self.samples_seen, round_waits=waits)
 
     def took(self, batch: int) -> None:
         """A step of ``batch`` samples was taken."""

@@ -54,6 +54,7 @@ class WeightUpdate:
         self._base_batch = base_batch
         self._companions = companions
         self._base = [_settings(group, companions, number) for number, group in enumerate(optimizer.param_groups)]
+        self.lr = self.base_lr  # of the first parameter group, as last applied
 
     @property
     def base_lr(self) -> float:
@@ -79,7 +80,10 @@ class WeightUpdate:
     def apply(self, scale: StepScale) -> None:
         """Collective with an optimizer that takes the parts of a batch."""
         for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
-            for key, value in self._companions.settings(base, scale).items():
+            settings = self._companions.settings(base, scale)
+            if group is self._optimizer.param_groups[0]:
+                self.lr = settings["lr"]
+            for key, value in settings.items():
                 if isinstance(group[key], Tensor):
                     group[key].fill_(value)
                 else:

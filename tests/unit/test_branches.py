@@ -6,16 +6,18 @@ What is made of their losses is tested in ``test_branching``.
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
 from orchestrator.core.cursor import Stream
-from orchestrator.runtime import folder, ledger, replay
+from orchestrator.runtime import branches, folder, ledger, replay
 from orchestrator.session import Session
 from tests.support import EAGER, blobs, config, cross_entropy, mlp
 
@@ -36,8 +38,8 @@ def branched(path: Path, *, mode: str = "act", **sections: Any) -> RunConfig:
 
 
 def model_with_state() -> nn.Module:
-    """Dropout draws, and running means change, in every forward pass; leaves torch's generator seeded."""
-    torch.manual_seed(4)
+    """Dropout draws, and running means change, in every forward pass; leaves the generators seeded."""
+    torch.manual_seed(4), random.seed(4), np.random.seed(4)
     return nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.Dropout(0.2), nn.Tanh(), nn.Linear(32, 4))
 
 
@@ -49,7 +51,7 @@ def trained(
         for step in session:
             for samples in step:
                 session.backward(lambda samples=samples: cross_entropy(session.model, samples))
-            torch.rand(3)  # the loop's own draws
+            torch.rand(3), random.random(), np.random.random()  # the loop's own draws
             if session.step_number == stop_in_step and not session.on_branch:
                 session.request_stop("the test asked")
             session.step()
@@ -66,7 +68,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def everything(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers(), torch.get_rng_state()]
+    own = torch.tensor([random.getstate()[1][:3], np.random.get_state()[1][:3].tolist()])
+    return [*model.parameters(), *model.buffers(), torch.get_rng_state(), own]
 
 
 def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
@@ -136,6 +139,14 @@ def test_a_stop_around_a_round_changes_nothing(tmp_path: Path, stop: int) -> Non
     assert causes[0] == causes[1]
 
 
+def assert_checkpoints_as_due(tmp_path: Path) -> None:
+    at = [
+        [row["step"] for row in folder.rows(tmp_path / name / "run" / folder.EVENTS) if row["kind"] == "checkpoint"]
+        for name in ("plain", "branched")
+    ]
+    assert at[0] == at[1]
+
+
 class Fragile(nn.Module):
     """Breaks in a forward pass that ``breaks`` says something about."""
 
@@ -155,10 +166,12 @@ class Fragile(nn.Module):
 @pytest.mark.parametrize("how", ["memory", "diverges"])
 def test_a_branch_that_breaks_does_not_break_the_run(tmp_path: Path, how: str) -> None:
     plain = mlp()
-    trained(config(tmp_path / "plain", batch={"initial": 16, "micro_batch": 8}, train={"samples": 640}), plain)
+    often = {"every_samples": EVERY}
+    sections = {"batch": {"initial": 16, "micro_batch": 8}, "train": {"samples": 640}, "checkpoint": often}
+    trained(config(tmp_path / "plain", **sections), plain)
     holder: list[Session] = []
     model = Fragile(holder, how)
-    settings = branched(tmp_path / "branched", mode="advise", train={"samples": 640})
+    settings = branched(tmp_path / "branched", mode="advise", train={"samples": 640}, checkpoint=often)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     with Session(settings, model=model, optimizer=optimizer, dataset=blobs()) as session:
         holder.append(session)
@@ -168,6 +181,7 @@ def test_a_branch_that_breaks_does_not_break_the_run(tmp_path: Path, how: str) -
             session.step()
     assert session.finished
     assert_same(list(model.parameters()), list(plain.parameters()))
+    assert_checkpoints_as_due(tmp_path)
     found = [row["losses"] for row in rounds(tmp_path / "branched")]
     if how == "memory":
         assert found == []
@@ -197,3 +211,81 @@ def test_the_advice_of_a_run_that_only_branches_follows_what_they_found(tmp_path
     advice = next(row for row in folder.rows(tmp_path / "run" / folder.EVENTS) if row["kind"] == "advice")
     assert advice["schedule"]
     assert advice["schedule"][0][0] >= EVERY
+
+
+def test_branches_have_the_rate_that_the_rule_gives_with_the_noise_scale_of_the_moment(tmp_path: Path) -> None:
+    settings = branched(tmp_path, mode="advise", train={"samples": 640}, lr_rule={"name": "noise_scale"})
+    model, rates = mlp(), {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Session(settings, model=model, optimizer=optimizer, dataset=blobs()) as session:
+        for step in session:
+            for samples in step:
+                session.backward(cross_entropy(session.model, samples))
+            session.step()
+            if session.on_branch:
+                rates.setdefault(session.plan.batch, optimizer.param_groups[0]["lr"])
+    began = rounds(tmp_path)[0]["samples_seen"]
+    line = next(row for row in folder.surviving(tmp_path / "run" / folder.METRICS) if row["samples_seen"] == began)
+    scale = line["noise_scale"]
+    assert sorted(rates) == [16, 32, 64]
+    for batch, rate in rates.items():
+        assert rate == pytest.approx(0.01 * (1 + scale / 16) / (1 + scale / batch), rel=1e-9)
+
+
+def test_without_a_noise_scale_a_round_waits_and_says_so_once(tmp_path: Path) -> None:
+    settings = branched(tmp_path, mode="advise", train={"samples": 640}, measure={"every_steps": 1000})
+    trained(settings, mlp())
+    said = [row for row in folder.rows(tmp_path / "run" / folder.EVENTS) if row["kind"] == "branches_put_off"]
+    assert len(said) == 1
+    assert "until the noise scale is known" in said[0]["reason"]
+    assert rounds(tmp_path) == []
+
+
+@pytest.mark.parametrize("asked", ["request_stop", "the folder"])
+def test_a_stop_is_heard_on_a_branch_and_the_round_comes_again(tmp_path: Path, asked: str) -> None:
+    settings = branched(tmp_path, mode="advise")
+    model, on_branch = mlp(), 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with Session(settings, model=model, optimizer=optimizer, dataset=blobs()) as session:
+        for step in session:
+            for samples in step:
+                session.backward(cross_entropy(session.model, samples))
+            on_branch += session.on_branch
+            if on_branch == 2 and asked == "request_stop":
+                session.request_stop("the test asked")
+            elif on_branch == 2:
+                (tmp_path / "run" / folder.STOP_REQUEST).touch()
+            session.step()
+    assert not session.finished
+    assert on_branch == 2
+    assert rounds(tmp_path) == []
+    stopped = session.samples_seen
+    trained(settings, mlp(), resume=True)
+    assert rounds(tmp_path)[0]["samples_seen"] == stopped
+
+
+def test_a_loop_that_is_left_on_a_branch_leaves_the_trunks_weights(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with Session(branched(tmp_path), model=model, optimizer=optimizer, dataset=blobs()) as session:
+        for step in session:
+            for samples in step:
+                session.backward(cross_entropy(session.model, samples))
+            session.step()
+            if not session.on_branch:
+                trunk = [p.detach().clone() for p in model.parameters()]
+            elif session.plan.batch == 32:
+                break
+    assert_same(list(model.parameters()), trunk)
+
+
+def test_a_round_whose_state_finds_no_room_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(branches, "Kept", no_room)
+    session = trained(branched(tmp_path, mode="advise", train={"samples": 640}), mlp())
+    assert session.finished
+    said = [row for row in folder.rows(tmp_path / "run" / folder.EVENTS) if row["kind"] == "branches_put_off"]
+    assert "memory does not suffice" in said[-1]["reason"]
+    assert rounds(tmp_path) == []

@@ -48,7 +48,7 @@ def test_it_is_what_its_definition_says(losses, tolerance) -> None:
     ],
 )
 def test_branches_stay_within_the_limits_and_have_steps_to_learn_from(ceiling, samples, remaining, found) -> None:
-    settings = BranchSettings(every_samples=1, samples=samples, tolerance=0.01, ceiling=ceiling)
+    settings = BranchSettings(every_samples=1, retry_samples=1, samples=samples, tolerance=0.01, ceiling=ceiling)
     assert multiples_for(16, remaining=remaining, settings=settings) == found
 
 
