@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from orchestrator.core import codec, controller, noise
+from orchestrator.core import controller, noise
 from orchestrator.core.controller import advance
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.policy_inputs import PolicyInputs
+from orchestrator.runtime.brain import decode_state, encode_state
 from orchestrator.types import ApplyPlan, Decision, Keep, Preempted, SaveCheckpoint, Stop, Target
 from tests.unit.planted import (
     COOLDOWN,
@@ -223,10 +223,7 @@ def test_a_rate_that_moves_little_between_decisions_makes_nobody_wait() -> None:
 def test_the_cooldown_of_a_jump_survives_a_checkpoint() -> None:
     settled = rules()
     state, _ = steps(settled, 33, lr=0.1)
-    known = {
-        cls.__name__: cls for cls in (type(state), Target, type(state.noise), type(state.guard), type(state.times))
-    }
-    again = codec.decode(json.loads(json.dumps(codec.encode(state))), known)
+    again = decode_state(encode_state(state))
     assert again == state
     for step in range(33, 64):
         again, _ = advance(again, measured(step, 32 * (step + 1), 32, lr=0.01), settled)
