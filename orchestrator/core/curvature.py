@@ -92,6 +92,10 @@ def reading_from(
     ``spread_product`` is u' H u of u = sum_j s_j sqrt(b / (n - 1)) (g_j - g) with random signs s_j, whose expectation
     over signs and gradients is tr(H Sigma); ``mean_product`` is g' H g of their mean g, whose expectation is
     G' H G + tr(H Sigma) / (n b). ``sq_sum`` is the sum of the |g_j|^2 and ``mean_grad_sq`` is |g|^2.
+
+    Both are moments of McCandlish et al. 2018, arXiv:1812.06162, equations 2.6 to 2.8; the signs, derived here, save
+    n - 1 products and cost variance. Averaged over all 2^n choices of them the two are those of ``core.noise.moments``
+    with v' H v in the place of |v|^2.
     """
     batch = MICRO_BATCHES * micro_batch
     found = moments_from_sums(
@@ -104,7 +108,11 @@ def reading_from(
 
 
 def stats(readings: Sequence[CurvatureReading], *, confidence: float) -> CurvatureStats:
-    """Ratios of the averages; those that are not finite are left out. The interval is Fieller's."""
+    """Ratios of the averages; those that are not finite are left out.
+
+    B_noise and epsilon_max of McCandlish et al. 2018, arXiv:1812.06162, equations 2.6 to 2.8; B_noise within Fieller's
+    set (1954, doi:10.1111/j.2517-6161.1954.tb00159.x).
+    """
     kept = [reading for reading in readings if reading.is_finite]
     if not kept:
         return CurvatureStats(verdict=Verdict.TOO_NOISY)

@@ -33,7 +33,8 @@ def read(
 
     Each loss is the mean over ``micro_batch`` samples, computed when it is called. Two products with the Hessian
     suffice: one for the mean of the gradients g_j, and one for their deviations, each with its random sign and summed
-    (``core.curvature.reading_from``). Raises ``NotTwiceDifferentiableError``. One host synchronisation.
+    (``core.curvature.reading_from``). Each product is one more backward pass through the gradient's own graph
+    (Pearlmutter 1994, doi:10.1162/neco.1994.6.1.147). Raises ``NotTwiceDifferentiableError``. One host synchronisation.
     """
     total: list[Tensor] = [torch.zeros_like(p) for p in parameters]
     signed: list[Tensor] = [torch.zeros_like(p) for p in parameters]

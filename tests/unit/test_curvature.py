@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.utils.data import Dataset
 
 from orchestrator.core import curvature
 from orchestrator.core.curvature import MICRO_BATCHES, READINGS, CurvatureReading, plan_curvature
+from orchestrator.core.noise import moments
 from orchestrator.measure.curvature import NotTwiceDifferentiableError, read
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
@@ -58,34 +61,81 @@ def test_a_reading_is_that_of_the_whole_hessian(signs: tuple[int, ...]) -> None:
     mean, n = g.mean(axis=0), MICRO_BATCHES
     u = sum(s * (SMALL / (n - 1)) ** 0.5 * (row - mean) for s, row in zip(signs, g, strict=True))
     trace = float(u @ hessian @ u)
-    product = float(mean @ hessian @ mean) - trace / (n * SMALL)
+    curved = float(mean @ hessian @ mean) - trace / (n * SMALL)
     trace_cov = SMALL * float(((g - mean) ** 2).sum()) / (n - 1)
     losses = [partial(cross_entropy, model, batch) for batch in batches]
     found = read(losses[:-1], losses[-1], parameters, signs=signs, micro_batch=SMALL)
     assert found.trace_hessian_cov == pytest.approx(trace, rel=1e-10)
-    assert found.grad_hessian_grad == pytest.approx(product, rel=1e-10)
+    assert found.grad_hessian_grad == pytest.approx(curved, rel=1e-10)
     assert found.grad_sq == pytest.approx(float(mean @ mean) - trace_cov / (n * SMALL), rel=1e-10)
     assert all(p.grad is None for p in parameters)
 
 
-# Linear regression x ~ N(0, A), y = label noise of deviation SIGMA, at the distance E from the best weights: with
-# q = e' A e + sigma^2, G = A e, H = A and Sigma = q A + A e e' A, so B_noise = 1 + q tr(A^2) / (e' A^3 e).
-A = torch.tensor([4.0, 1.0, 0.5, 0.25], dtype=torch.float64)
-E = torch.tensor([0.2, 0.6, -0.8, 0.5], dtype=torch.float64)
-SIGMA = 0.7
-Q = float((A * E**2).sum()) + SIGMA**2
-CURVED = float((A**3 * E**2).sum())  # e' A^3 e = G' H G
-TRUTH = {
-    "trace_hessian_cov": Q * float((A**2).sum()) + CURVED,
-    "grad_hessian_grad": CURVED,
-    "grad_sq": float((A**2 * E**2).sum()),
-}
-NOISE_SCALE = 1 + Q * float((A**2).sum()) / CURVED
+def test_over_all_signs_readings_average_to_those_of_all_pairs_of_micro_batches() -> None:
+    """G' H G from g_i' H g_j of different micro-batches, tr(H Sigma) from (b / 2) (g_i - g_j)' H (g_i - g_j); an
+    indefinite H included. The weighted sample moments of ``noise.moments`` with v' H v for |v|^2 are the same."""
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(6, 6, dtype=torch.float64, generator=generator)
+    matrix, weight = root + root.T, nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    assert torch.linalg.eigvalsh(matrix)[0] < 0
+    gradients = list(torch.randn(MICRO_BATCHES, 6, dtype=torch.float64, generator=generator))
+    losses = [partial(torch.dot, gradient, weight) for gradient in gradients]
+    found = [
+        read(losses, lambda: 0.5 * weight @ matrix @ weight, [weight], signs=signs, micro_batch=8)
+        for signs in product((1, -1), repeat=MICRO_BATCHES)
+    ]
+    pairs = list(combinations(gradients, 2))
+    curved = np.mean([float(g @ matrix @ h) for g, h in pairs])
+    trace = np.mean([4 * float((g - h) @ matrix @ (g - h)) for g, h in pairs])
+    assert np.mean([reading.grad_hessian_grad for reading in found]) == pytest.approx(curved, rel=1e-12)
+    assert np.mean([reading.trace_hessian_cov for reading in found]) == pytest.approx(trace, rel=1e-12)
+    mean = torch.stack(gradients).mean(dim=0)
+    weighted = moments([8] * MICRO_BATCHES, [float(g @ matrix @ g) for g in gradients], float(mean @ matrix @ mean))
+    assert weighted == pytest.approx((curved, trace), rel=1e-12)
 
 
-def regression(generator: torch.Generator, *, size: int = SMALL) -> Any:
-    x = A.sqrt() * torch.randn(size, len(A), generator=generator, dtype=torch.float64)
-    return x, SIGMA * torch.randn(size, generator=generator, dtype=torch.float64)
+def test_parameters_that_the_curvature_does_not_reach_count_as_zero() -> None:
+    """Gradients c_j in every direction with c = 1, 2, 3, 6 and H = 2 in two directions of the six: u is -6 there."""
+    bent, straight, unused = parameters = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3)]
+
+    def slope(c: float) -> Tensor:
+        return c * (bent + straight + unused).sum()
+
+    losses = [partial(slope, c) for c in (1.0, 2.0, 3.0, 6.0)]
+    found = read(losses, lambda: bent.square().sum() + straight.sum(), parameters, signs=(1, 1, 1, -1), micro_batch=3)
+    assert found.trace_hessian_cov == pytest.approx(2 * 2 * 36, rel=1e-12)
+    assert found.grad_hessian_grad == pytest.approx(2 * 2 * 3**2 - 144 / 12, rel=1e-12)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Linear: x ~ N(0, A), A diagonal, y = label noise of deviation sigma, at the distance e from the best weights.
+
+    With q = e' A e + sigma^2, G = A e, H = A and Sigma = q A + A e e' A, so B_noise = 1 + q tr(A^2) / (e' A^3 e).
+    """
+
+    spectrum: tuple[float, ...]
+    error: tuple[float, ...]
+    sigma: float
+
+    @property
+    def truth(self) -> dict[str, float]:
+        a, e = np.array(self.spectrum), np.array(self.error)
+        q, curved = a @ e**2 + self.sigma**2, a**3 @ e**2
+        return {"trace_hessian_cov": q * (a @ a) + curved, "grad_hessian_grad": curved, "grad_sq": a**2 @ e**2}
+
+    @property
+    def noise_scale(self) -> float:
+        return self.truth["trace_hessian_cov"] / self.truth["grad_hessian_grad"]
+
+    def batch(self, generator: torch.Generator) -> Any:
+        x = torch.randn(SMALL, len(self.spectrum), generator=generator, dtype=torch.float64)
+        noise = self.sigma * torch.randn(SMALL, generator=generator, dtype=torch.float64)
+        return torch.tensor(self.spectrum, dtype=torch.float64).sqrt() * x, noise
+
+
+STRETCHED = Regression(spectrum=(4.0, 1.0, 0.5, 0.25), error=(0.2, 0.6, -0.8, 0.5), sigma=0.7)
+ROUND = Regression(spectrum=(1.0,) * 10, error=(10**-0.5,) * 10, sigma=1.0)
 
 
 def squared_error(weight: nn.Parameter, batch: Any) -> Tensor:
@@ -93,40 +143,53 @@ def squared_error(weight: nn.Parameter, batch: Any) -> Tensor:
     return 0.5 * (x @ weight - y).square().mean()
 
 
-@pytest.fixture(scope="module")
-def readings() -> list[CurvatureReading]:
+@pytest.fixture(scope="module", params=[STRETCHED, ROUND], ids=["stretched", "round"])
+def measured(request: pytest.FixtureRequest) -> tuple[Regression, list[CurvatureReading]]:
+    problem: Regression = request.param
     generator = torch.Generator().manual_seed(3)
-    weight = nn.Parameter(E.clone())
+    weight = nn.Parameter(torch.tensor(problem.error, dtype=torch.float64))
     found = []
     for _ in range(50 * READINGS):
-        losses = [partial(squared_error, weight, regression(generator)) for _ in range(MICRO_BATCHES + 1)]
+        losses = [partial(squared_error, weight, problem.batch(generator)) for _ in range(MICRO_BATCHES + 1)]
         signs = (1 - 2 * torch.randint(2, (MICRO_BATCHES,), generator=generator)).tolist()
         found.append(read(losses[:-1], losses[-1], [weight], signs=signs, micro_batch=SMALL))
-    return found
+    return problem, found
 
 
-@pytest.mark.parametrize("name", TRUTH)
-def test_readings_of_a_linear_regression_are_unbiased(readings: list[CurvatureReading], name: str) -> None:
+@pytest.mark.parametrize("name", STRETCHED.truth)
+def test_readings_of_a_linear_regression_are_unbiased(
+    measured: tuple[Regression, list[CurvatureReading]], name: str
+) -> None:
+    problem, readings = measured
     values = np.array([getattr(reading, name) for reading in readings])
     # Four standard errors: one false alarm in 15,000 seeds.
-    assert abs(values.mean() - TRUTH[name]) < 4 * values.std(ddof=1) / len(values) ** 0.5
+    assert abs(values.mean() - problem.truth[name]) < 4 * values.std(ddof=1) / len(values) ** 0.5
 
 
-def test_their_ratio_is_the_closed_form_and_intervals_cover_it(readings: list[CurvatureReading]) -> None:
+def test_their_ratio_is_the_closed_form_and_intervals_cover_it(
+    measured: tuple[Regression, list[CurvatureReading]],
+) -> None:
+    problem, readings = measured
     whole = curvature.stats(readings, confidence=0.95)
     assert whole.noise_scale is not None
     assert whole.epsilon_max is not None
     x, y = (np.array([getattr(r, name) for r in readings]) for name in ("trace_hessian_cov", "grad_hessian_grad"))
     error = (x - whole.noise_scale * y).std(ddof=1) / y.mean() / len(x) ** 0.5  # of the ratio, by the delta method
-    assert abs(whole.noise_scale - NOISE_SCALE) < 4 * error
-    assert whole.epsilon_max == pytest.approx(TRUTH["grad_sq"] / CURVED, rel=0.1)
+    assert abs(whole.noise_scale - problem.noise_scale) < 4 * error
+    assert whole.noise_scale == pytest.approx(problem.noise_scale, rel=0.1)
+    assert whole.epsilon_max == pytest.approx(problem.truth["grad_sq"] / problem.truth["grad_hessian_grad"], rel=0.1)
     covered = 0
     for first in range(0, len(readings), READINGS):
         found = curvature.stats(readings[first : first + READINGS], confidence=0.95)
         low, high = found.low or 0.0, np.inf if found.high is None else found.high
-        covered += low <= NOISE_SCALE <= high
+        covered += low <= problem.noise_scale <= high
     # 50 intervals at 95 %: fewer than 41 once in 5,000 seeds.
     assert covered >= 41
+
+
+def test_the_round_regression_has_the_noise_scale_that_its_dimension_gives() -> None:
+    """A = I: 1 + d + d sigma^2 / |e|^2, which is 21 at d = 10 and sigma = |e| = 1."""
+    assert ROUND.noise_scale == pytest.approx(21.0)
 
 
 def test_curvature_that_is_not_positive_has_no_noise_scale() -> None:

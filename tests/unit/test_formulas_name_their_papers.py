@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core import advising, intervals, lr_rules, noise, policies, preferences, schedules
-from orchestrator.core.expected_smoothness import ExpectedSmoothness
-from orchestrator.core.goodput import Goodput
-from orchestrator.measure import hessian
+from orchestrator.core import (
+    advising,
+    curvature,
+    expected_smoothness,
+    goodput,
+    intervals,
+    lr_rules,
+    noise,
+    policies,
+    preferences,
+    schedules,
+)
+from orchestrator.measure import curvature as measured_curvature
 from orchestrator.optim import OPTIMIZERS
 
 PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}\b|doi:10\.\d{4,9}/\S+")
@@ -22,17 +31,19 @@ PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}\b|doi:10\.\d{4,9}/\S+")
 SAME = {
     ("lr_rules", "adascale"): lr_rules.noise_scale,
     ("preferences", "noise_scale"): preferences.proportional,
-    ("preferences", "goodput"): Goodput,
-    ("preferences", "expected_smoothness"): ExpectedSmoothness,
+    ("preferences", "goodput"): goodput,
+    ("preferences", "expected_smoothness"): expected_smoothness.ExpectedSmoothness,
 }
 
-# What is nobody's: bookkeeping, textbook numerics with their own reference, and shapes older than any paper.
+# What is nobody's: bookkeeping, textbook numerics with their own reference, shapes older than any paper, and what was
+# derived here.
 NOBODYS = {
     "lr_rules": {"constant", "build_rule"},
     "schedules": {"constant", "linear", "step", "build_schedule"},
     "noise": {"init", "absorb"},
     "intervals": {"t_quantile"},
     "preferences": {"always", "exploring", "untimed"},
+    "curvature": {"plan_curvature"},
 }
 
 
@@ -57,7 +68,7 @@ def public_functions(module: ModuleType) -> Iterator[tuple[str, str, Any]]:
 
 FORMULAS = [
     *registered(),
-    *(found for module in (noise, intervals, preferences, lr_rules, schedules, advising, hessian)
+    *(found for module in (noise, intervals, preferences, lr_rules, schedules, advising, curvature, measured_curvature)
       for found in public_functions(module)),
 ]  # fmt: skip
 

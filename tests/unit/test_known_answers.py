@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from orchestrator.core import noise
 from orchestrator.core.advising import Stretch, advise
+from orchestrator.core.curvature import MICRO_BATCHES
 from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.policies import PolicySettings, build_policy
 from orchestrator.core.schedules import ScheduleSettings, build_schedule
-from orchestrator.measure.hessian import hessian_moments
+from orchestrator.measure.curvature import read
 from orchestrator.types import NoiseStats, Verdict
 from tests.unit.planted import rules, without_guard
 from tests.unit.readings import LONG, feed
@@ -105,18 +108,20 @@ def test_tradeoffs_gain_where_the_noise_scale_rises_from_1_to_100_in_a_straight_
 
 def test_a_hessian_from_the_gradients_own_samples_would_weigh_their_noise_too_heavily() -> None:
     """Linear regression at e with A = I and d = 4: tr(H Sigma) is 4 q + 1 with q = 2, and 9 is what others' H gives."""
-    rng, error, sizes = np.random.default_rng(5), np.full(4, 0.5), [4, 4]
+    generator, error, size = torch.Generator().manual_seed(5), nn.Parameter(torch.full((4,), 0.5)), 2
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (x @ error - y).square().mean()
+
     own, others = [], []
     for _ in range(4000):
-        x, y = rng.standard_normal((2, 8, 4)), rng.standard_normal(8)
-        slopes = x[0] * (x[0] @ error - y)[:, None]
-        gradients = [[torch.from_numpy(part.mean(axis=0))] for part in (slopes[:4], slopes[4:])]
-        signs = rng.choice([1, -1], 2).tolist()
-        for samples, found in zip(x, (own, others), strict=True):
-            matrix = torch.from_numpy(samples.T @ samples / 8)
-            found.append(
-                hessian_moments(gradients, sizes=sizes, signs=signs, product=lambda v, m=matrix: [m @ v[0]])[1]
-            )
+        x = torch.randn(2, MICRO_BATCHES * size, 4, generator=generator)
+        y = torch.randn(2, MICRO_BATCHES * size, generator=generator)
+        parts = [partial(loss, *part) for part in zip(x[0].split(size), y[0].split(size), strict=True)]
+        signs = (1 - 2 * torch.randint(2, (MICRO_BATCHES,), generator=generator)).tolist()
+        for inputs, targets, found in zip(x, y, (own, others), strict=True):
+            reading = read(parts, partial(loss, inputs, targets), [error], signs=signs, micro_batch=size)
+            found.append(reading.trace_hessian_cov)
     error_of_mean = np.std(others, ddof=1) / math.sqrt(len(others))
     assert abs(np.mean(others) - 9.0) < 4.5 * error_of_mean
     assert np.mean(own) > 9.0 + 9 * error_of_mean

@@ -9,6 +9,7 @@ agrees within 10 %, or within three standard errors of its average decrease. Run
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from orchestrator.core.noise import moments
-from orchestrator.measure.hessian import hessian_moments, hessian_product
+from orchestrator.core import curvature
+from orchestrator.core.curvature import MICRO_BATCHES
+from orchestrator.measure.curvature import read
 
 BATCHES = (4, 8, 16, 32, 64, 128, 256, 512)
 TOLERANCE, STANDARD_ERRORS = 0.1, 3.0
@@ -98,28 +100,23 @@ class Frozen:
     def full_loss(self) -> Callable[[Tensor], Tensor]:
         return lambda weights: self.loss_at(weights, self.inputs, self.labels)
 
-    def measured(self, steps: int, *, micro_batches: int = 16, size: int = 16) -> tuple[float, float]:
-        """``(dL_max, B_noise)`` from the averages over ``steps`` steps, the Hessians from other draws."""
-        signs = torch.randint(2, (steps, micro_batches), generator=self.generator) * 2 - 1
-        sizes, found = [size] * micro_batches, []
-        for row in signs:
-            gradients = self.per_sample[self.draw(micro_batches, size)].mean(dim=1)
-            plain = moments(sizes, gradients.square().sum(dim=1).tolist(), float(gradients.mean(dim=0).square().sum()))
-            assert plain is not None
-            parts = [
-                [part.view(shape) for part, shape in zip(
-                    g.split([shape.numel() for shape in self.shapes]), self.shapes, strict=True)]
-                for g in gradients
-            ]  # fmt: skip
-            product = hessian_product(self.loss(self.draw(64)), list(self.model.parameters()))
-            found.append((plain[0], *hessian_moments(parts, sizes=sizes, signs=row.tolist(), product=product)))
-        grad_sq, curved, curved_noise = np.mean(found, axis=0)
-        return grad_sq**2 / (2 * curved), curved_noise / curved
+    def measured(self, readings: int, *, size: int = 64) -> tuple[float, float]:
+        """``(dL_max, B_noise)`` from the averages over ``readings``, the Hessians from other draws."""
+        signs = torch.randint(2, (readings, MICRO_BATCHES), generator=self.generator) * 2 - 1
+        parameters, found = list(self.model.parameters()), []
+        for row in signs.tolist():
+            losses = [partial(self.loss, drawn) for drawn in self.draw(MICRO_BATCHES + 1, size)]
+            found.append(read(losses[:-1], losses[-1], parameters, signs=row, micro_batch=size))
+        whole = curvature.stats(found, confidence=0.95)
+        assert whole.noise_scale is not None
+        assert whole.epsilon_max is not None
+        assert whole.grad_sq is not None
+        return whole.epsilon_max * whole.grad_sq / 2, whole.noise_scale
 
 
 def test_a_trained_network_follows_what_is_measured_at_its_checkpoint() -> None:
     frozen = Frozen(steps=60)
-    most, noise_scale = frozen.measured(600)
+    most, noise_scale = frozen.measured(1200)
     loss, mean = frozen.full_loss(), frozen.per_sample.mean(dim=0)
     hessian = torch.autograd.functional.hessian(loss, frozen.weights)
     spread = frozen.per_sample - mean
@@ -130,7 +127,7 @@ def test_a_trained_network_follows_what_is_measured_at_its_checkpoint() -> None:
     now, losses, longest = float(loss(frozen.weights)), vmap(loss, chunk_size=64), 2 * most / float(mean @ mean)
     decreases = {}
     for batch in BATCHES:
-        draws = 400 if batch < 64 else 150
+        draws = 800 if batch < 64 else 300
         steps = frozen.per_sample[frozen.draw(draws, batch).flatten()].view(draws, batch, -1).mean(dim=1)
         lengths = longest / (1 + noise_scale / batch) * torch.tensor([0.6, 0.8, 1.0, 1.25, 1.6])
         tried = torch.stack([now - losses(frozen.weights - t * steps) for t in lengths])
