@@ -20,7 +20,6 @@ MEASURED_POLICIES = (
     "branched",
 )  # these follow the noise scale
 POLICIES = ("fixed", "schedule", "decay_to_growth", *MEASURED_POLICIES)
-PRECONDITIONED_OPTIMIZERS = ("adam", "adamw")  # that measure.preconditioned knows the metric of
 
 # The keys that one built-in policy uses and no other: their policy.
 _OWNERS: Mapping[str, str] = {

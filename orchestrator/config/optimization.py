@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from orchestrator.config.section import Broken, Section, default_of, foreign_keys, given_keys, name_of, refuse
 from orchestrator.config.suggestions import nearest
 from orchestrator.core.companions import IN_SAMPLES
+from orchestrator.core.families import members
 
 # Which keys of a section belong to which name; a name that is imported gets whatever is given.
 OPTIMIZER_KEYS: Mapping[str, frozenset[str]] = {
@@ -204,9 +205,9 @@ class LrRuleSection(Section):
 
     name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
         default="auto",
-        description="[name] auto (noise_scale for sgd, lars, clars, vr_sgd; sqrt for adam, adamw, lamb, lans, vr_adam, "
-        "vr_lamb), constant, linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, sde "
-        "(sqrt, with betas and eps that follow: adam, adamw), or module:attribute",
+        description=f"[name] auto (noise_scale for {', '.join(members('sgd'))}; sqrt for {', '.join(members('adam'))}),"
+        " constant, linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, sde (sqrt, with "
+        "betas and eps that follow: adam, adamw), or module:attribute",
     )
     exponent: float | None = Field(
         default_factory=default_of({"noise_scale": 1.0}),

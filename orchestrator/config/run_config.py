@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 
 from orchestrator.config.batch_size import (
     MEASURED_POLICIES,
-    PRECONDITIONED_OPTIMIZERS,
     BatchSection,
     ControllerSection,
     MeasureSection,
@@ -23,6 +22,7 @@ from orchestrator.config.section import Broken, Section, refuse
 from orchestrator.config.training import EvaluationSection, RunSection, TaskSection, TrainSection
 from orchestrator.core.branching import FEWEST_STEPS
 from orchestrator.core.companions import IN_SAMPLES, RESCALED_OPTIMIZERS, SDE_OPTIMIZERS, largest_batch
+from orchestrator.core.families import FAMILIES, PRECONDITIONED_OPTIMIZERS
 
 
 class RunConfig(Section):
@@ -187,7 +187,7 @@ class RunConfig(Section):
     def _lr_rules(self) -> list[Broken]:
         rule, optimizer, broken = self.lr_rule, self.optimizer.name, []
         # With decay_to_growth naming a rule would not help; see below.
-        if rule.name == "auto" and optimizer not in OPTIMIZER_KEYS and self.controller.policy != "decay_to_growth":
+        if rule.name == "auto" and optimizer not in FAMILIES and self.controller.policy != "decay_to_growth":
             why = f"auto chooses by the optimizer's family, and that of {optimizer} is not known"
             fix = "name the rule: linear suits sgd-like optimizers, sqrt suits adam-like ones"
             broken.append(Broken(keys=("lr_rule.name", "optimizer.name"), value="auto", rule=why, fix=fix))
@@ -230,7 +230,7 @@ class RunConfig(Section):
         if self.controller.policy != "decay_to_growth":
             return []
         broken, policy, schedule = [], "controller.policy", self.schedule
-        if self.optimizer.name not in OPTIMIZER_KEYS:
+        if self.optimizer.name not in FAMILIES:
             rule = (
                 "decay_to_growth trades LR for batch by the optimizer's family, and that of "
                 f"{self.optimizer.name} is not known"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from orchestrator.core.families import FAMILIES
 from orchestrator.registry import resolve
 
 
@@ -160,18 +161,15 @@ def auto(optimizer_name: str | None) -> Rule:
     """The rule that suits the optimizer's family: ``noise_scale`` like sgd's, or ``sqrt`` like adam's.
 
     SGD's optimal step at a batch is what McCandlish et al. 2018 (arXiv:1812.06162) derive; for Adam that form does
-    not hold and the root is what Malladi et al. 2022 (arXiv:2205.10287) derive. The layer-wise optimizers go with the
-    one that they scale: lars with sgd; lamb and lans with adam, as lamb's authors do (arXiv:1904.00962). Raises
-    ``ValueError`` for an optimizer whose family is not known.
+    not hold and the root is what Malladi et al. 2022 (arXiv:2205.10287) derive. Raises ``ValueError`` for an optimizer
+    whose family is not known (see ``families.FAMILIES``).
     """
-    if optimizer_name in ("sgd", "lars", "clars", "vr_sgd"):
-        return noise_scale()
-    if optimizer_name in ("adam", "adamw", "lamb", "lans", "vr_adam", "vr_lamb"):
-        return sqrt()
-    raise ValueError(
-        f"lr_rule.name auto chooses by the optimizer's family, and that of {optimizer_name!r} is not known: "
-        f"name one of {', '.join(LR_RULES)}; noise_scale suits optimizers like sgd, sqrt those like adam"
-    )
+    if optimizer_name is None or optimizer_name not in FAMILIES:
+        raise ValueError(
+            f"lr_rule.name auto chooses by the optimizer's family, and that of {optimizer_name!r} is not known: "
+            f"name one of {', '.join(LR_RULES)}; noise_scale suits optimizers like sgd, sqrt those like adam"
+        )
+    return noise_scale() if FAMILIES[optimizer_name] == "sgd" else sqrt()
 
 
 def build_rule(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from orchestrator.config import RunConfig
 from orchestrator.core.branching import BranchSettings
 from orchestrator.core.companions import Companions
 from orchestrator.core.controller import Rules
+from orchestrator.core.families import FAMILIES, NOISE_EXPONENTS
 from orchestrator.core.lr_rules import Rule, build_rule
 from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.planner import WorkerLimits
@@ -15,12 +14,6 @@ from orchestrator.core.policies import PolicySettings, build_policy, goodput_of,
 from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
 from orchestrator.errors import ConfigError, TaskError
 from orchestrator.measure.estimators import find_estimator
-
-# The power of the batch that the LR's noise goes against (see ``policies.decay_to_growth``).
-NOISE_EXPONENTS: Mapping[str, float] = {
-    **dict.fromkeys(("sgd", "lars", "clars", "vr_sgd"), 1.0),
-    **dict.fromkeys(("adam", "adamw", "lamb", "lans", "vr_adam", "vr_lamb"), 0.5),
-}
 
 
 def total_samples(config: RunConfig, *, dataset_size: int) -> int:
@@ -127,7 +120,7 @@ def _worker_limits(config: RunConfig) -> WorkerLimits:
 
 def _lr_rule(config: RunConfig) -> Rule:
     if config.controller.policy == "decay_to_growth":
-        return build_rule("power", exponent=NOISE_EXPONENTS[config.optimizer.name])
+        return build_rule("power", exponent=NOISE_EXPONENTS[FAMILIES[config.optimizer.name]])
     lr_rule = config.lr_rule
     return build_rule(
         lr_rule.name,

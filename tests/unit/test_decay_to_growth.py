@@ -13,12 +13,13 @@ import torch
 
 from orchestrator.config import RunConfig
 from orchestrator.config.optimization import OPTIMIZER_KEYS
+from orchestrator.core.families import FAMILIES, NOISE_EXPONENTS
 from orchestrator.core.lr_rules import auto
 from orchestrator.core.policies import PolicySettings, build_policy
 from orchestrator.core.policy_inputs import PolicyInputs
 from orchestrator.core.schedules import ScheduleSettings, build_schedule
 from orchestrator.runtime import folder
-from orchestrator.runtime.rules import NOISE_EXPONENTS, rules_from
+from orchestrator.runtime.rules import rules_from
 from orchestrator.session import Session
 from orchestrator.types import NoiseStats, Verdict
 from tests.support import blobs, config, cross_entropy, mlp
@@ -76,11 +77,11 @@ def test_noise_follows_the_decayed_baseline_whatever_the_batch(optimizer, rule) 
             assert factor / batch**power == pytest.approx(fraction / base**power, rel=1e-12)
 
 
-def test_every_known_optimizer_has_the_exponent_of_its_family() -> None:
-    assert set(NOISE_EXPONENTS) == set(OPTIMIZER_KEYS)
-    for name, exponent in NOISE_EXPONENTS.items():
+def test_every_known_optimizer_has_a_family_and_its_exponent() -> None:
+    assert set(FAMILIES) == set(OPTIMIZER_KEYS)
+    for name, family in FAMILIES.items():
         grown = auto(name)(4.0, noise_scale=1e12, base_batch=1)  # where noise is all, auto keeps the same balance
-        assert grown == pytest.approx(4.0**exponent, rel=1e-6)
+        assert grown == pytest.approx(4.0 ** NOISE_EXPONENTS[family], rel=1e-6)
 
 
 @pytest.mark.parametrize(
