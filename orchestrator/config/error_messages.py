@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -64,7 +65,7 @@ def _wording(kind: str, loc: KeyPath, value: Any, ctx: dict[str, Any], message: 
     if kind == "dict_type":
         return "must be a mapping, with its keys indented below it", about or None
     if kind == "literal_error":
-        allowed = [str(a) for a in get_args(field.annotation)] if field else []
+        allowed = list(_words_of(field.annotation)) if field else []
         guess = nearest(str(value), allowed)
         return f"must be one of {', '.join(allowed)}", f"did you mean {guess}?" if guess else None
     if kind == "finite_number":
@@ -76,6 +77,15 @@ def _wording(kind: str, loc: KeyPath, value: Any, ctx: dict[str, Any], message: 
         if bound in ctx:
             return f"must be {words} {ctx[bound]:.15g}{of_unit}", bound_hint(value, bound, ctx) or about
     return message, about or None
+
+
+def _words_of(annotation: Any) -> Iterator[str]:
+    """The words that a ``Literal`` allows, wherever in the annotation it stands: by itself, in a list, beside None."""
+    for inner in get_args(annotation):
+        if get_origin(annotation) is Literal:
+            yield str(inner)
+        else:
+            yield from _words_of(inner)
 
 
 def _missing(loc: KeyPath, model: type[BaseModel] | None, unit: str, about: str) -> tuple[str, str | None]:

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.config.section import Broken, Section, default_of, foreign_keys, given_keys, name_of, refuse
-from orchestrator.config.suggestions import nearest
-from orchestrator.core.companions import IN_SAMPLES
+from orchestrator.core.companions import Memory
 from orchestrator.core.families import members
 
 # Which keys of a section belong to which name; a name that is imported gets whatever is given.
@@ -48,17 +47,6 @@ LR_RULE_KEYS: Mapping[str, frozenset[str]] = {
 
 _ADAPTIVE = tuple(name for name, keys in OPTIMIZER_KEYS.items() if "betas" in keys)
 _Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _memory(name: str) -> str:
-    if name not in IN_SAMPLES:
-        guess = nearest(name, IN_SAMPLES)
-        fix = f"did you mean {guess}?" if guess else "remove it"
-        refuse([Broken(keys=(), value=name, rule=f"must be one of {', '.join(IN_SAMPLES)}", fix=fix)])
-    return name
-
-
-_Memory = Annotated[str, AfterValidator(_memory)]
 
 
 class OptimizerSection(Section):
@@ -231,7 +219,7 @@ class LrRuleSection(Section):
         ge=0,
         description="[samples] after a change of the batch the rate goes to its new value over so many; 0: at once",
     )
-    in_samples: Annotated[tuple[_Memory, ...], Field(strict=False)] = Field(
+    in_samples: Annotated[tuple[Memory, ...], Field(strict=False)] = Field(
         default=(),
         description="[list of names, samples] what keeps its meaning per sample at any batch: momentum (sgd, lars), "
         "betas (adam, adamw, lamb, lans), weight_decay (adamw)",

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-IN_SAMPLES: Mapping[str, tuple[str, ...]] = {  # the optimizers for which each is defined
+Memory = Literal["momentum", "betas", "weight_decay"]
+
+IN_SAMPLES: Mapping[Memory, tuple[str, ...]] = {  # the optimizers for which each is defined
     "momentum": ("sgd", "lars"),
     "betas": ("adam", "adamw", "lamb", "lans"),
     "weight_decay": ("adamw",),

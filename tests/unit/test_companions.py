@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from orchestrator.core.companions import (
     SDE_OPTIMIZERS,
     Companions,
     Jump,
+    Memory,
     StepScale,
     largest_batch,
     second_moment_factor,
@@ -235,6 +236,7 @@ def test_the_settings_exist_in_the_optimizers_for_which_they_are_allowed() -> No
         "lars": LARS, "lamb": LAMB, "lans": LANS,
     }  # fmt: skip
     groups = {name: make([nn.Parameter(torch.ones(2, 2))], lr=0.1).param_groups[0] for name, make in makes.items()}
+    assert set(IN_SAMPLES) == set(get_args(Memory))
     for setting, names in IN_SAMPLES.items():
         assert all(setting in groups[name] for name in names)
     assert all({"betas", "eps"} <= groups[name].keys() for name in SDE_OPTIMIZERS)

@@ -231,6 +231,13 @@ CASES = [
     added("betas of sgd in samples", "lr_rule.in_samples", "[betas]", "use adam, adamw, lamb, lans"),
     added("decay of sgd in samples", "lr_rule.in_samples", "[weight_decay]", "part of the gradient or of the layer's"),
     Case("no such memory", "lr_rule: {in_samples: [betta]}", "lr_rule.in_samples[0]", "betta", "did you mean betas?"),
+    Case(
+        "nothing like a memory",
+        "lr_rule: {in_samples: [betas, xyz]}",
+        "lr_rule.in_samples[1]",
+        "xyz",
+        "must be one of momentum, betas, weight_decay",
+    ),
     added("momentum twice", "lr_rule.in_samples", "[momentum, momentum]", "write [momentum]"),
     added("second moment of sgd", "lr_rule.second_moment", "rescale", "use adam, adamw, lamb"),
     Case(
