@@ -1,6 +1,11 @@
 """What holds for every test."""
 
+import os
 import signal
+
+# Before anything imports torch: the models of the tests are small, and threads that wait for each other on busy cores
+# made them up to ten times as slow. What is started from here inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure() -> None:
