@@ -74,7 +74,7 @@ def _stretch(rows: Sequence[Mapping[str, Any]], state: ControllerState, rules: R
     return Stretch(
         samples=samples,
         mean_loss=sum(losses) / samples,
-        lr=rows[-1]["rule_lr"],
+        lr=rows[-1]["lr"],
         stats=noise.stats(state.noise, rules.noise),
         kappa=state.kappa,
     )

@@ -119,7 +119,6 @@ class Journal:
             "epoch": sample.samples_seen / self._dataset_size,
             "loss": sample.loss,
             "lr": finished.lr,
-            "rule_lr": sample.lr,
             "global_batch": sample.batch,
             "micro_batch": plan.micro_batch,
             "accum_steps": plan.accum_steps,
@@ -133,6 +132,8 @@ class Journal:
             "step_time_s": measured.step_time_s,
             "samples_per_s": sample.batch / measured.step_time_s if measured.step_time_s else None,
         }
+        if finished.lr != sample.lr:
+            row["rule_lr"] = sample.lr  # only where the momentum follows the batch; a replay goes by it
         if self._board is not None:
             self._board.add(row, now=self._worker.now())
         return row

@@ -79,7 +79,7 @@ def measured(row: Mapping[str, Any], estimator: Estimator) -> GradMeasured:
         batch=row["global_batch"],
         micro_batches=estimator.parts(plan),
         loss=row["loss"],
-        lr=row["rule_lr"],
+        lr=row.get("rule_lr", row["lr"]),
         grad_sq=row["grad_sq"],
         trace_cov=row["trace_cov"],
     )

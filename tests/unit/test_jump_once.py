@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orchestrator.config import RunConfig
 from orchestrator.core.ramp import Ramp
+from orchestrator.runtime import folder, replay
 from orchestrator.session import Session
 from tests.support import blobs, config, cross_entropy, mlp, run_fleet
 from tests.unit.small_runs import events, rows_of
@@ -136,8 +137,9 @@ def test_the_ramp_begins_again_at_each_jump_from_the_factor_in_force_and_the_sch
     length = 400
     run(session_of(settings_of(tmp_path, "linear", schedule={"name": "linear"})))
     factor, since, start, last = 1.0, 0, 1.0, 16
-    rows = rows_of(tmp_path, "samples_seen", "global_batch", "lr")
-    for seen, batch, lr in rows[:-1]:
+    rows = folder.surviving(tmp_path / "run" / folder.METRICS)
+    for row in rows[:-1]:
+        seen, batch, lr = row["samples_seen"], row["global_batch"], row.get("rule_lr", row["lr"])
         before = seen - batch
         if batch != last:
             since, start, last = before, factor, batch
@@ -165,3 +167,19 @@ def test_two_ranks_stay_alike_through_a_stop_before_a_jump_and_train_as_one_does
     assert [row[:4] for row in steps_of(tmp_path)] == [row[:4] for row in rows]
     for mine, value in zip(first, expected.values(), strict=True):
         assert mine == pytest.approx(value.double().flatten().tolist(), rel=1e-3, abs=1e-5)
+
+
+def test_a_line_names_the_rate_that_the_optimizer_stepped_with_and_a_replay_that_of_the_rule(tmp_path: Path) -> None:
+    used = []
+    with session_of(settings_of(tmp_path, "linear")) as session:
+        for step in session:
+            for samples in step:
+                session.backward(cross_entropy(session.model, samples))
+            session.step()
+            used.append(session.optimizer.param_groups[0]["lr"])
+    rows = folder.surviving(tmp_path / "run" / folder.METRICS)
+    assert [row["lr"] for row in rows] == used
+    assert {row["global_batch"] for row in rows if "rule_lr" not in row} == {16}
+    large = next(row for row in rows if row["global_batch"] == 64)
+    assert large["lr"] > 1.5 * large["rule_lr"]
+    assert replay.recomputed(tmp_path / "run") == replay.recorded(tmp_path / "run")
