@@ -118,14 +118,15 @@ class PerExampleMeter:
             )
         self._first_dimensions.setdefault(len(deltas), layer)
         alone = all(self._taps.calls[id(p)] == 1 for p in layer.parameters.values())
-        proves = self._completeness.open
-        names = self._alone[id(layer)] if alone and not proves else tuple(layer.parameters)
+        names = self._alone[id(layer)] if alone else tuple(layer.parameters)
         if inputs.is_floating_point():
             inputs = widened(inputs)
         with torch.no_grad(), torch.autocast(deltas.device.type, enabled=False):
-            for name, gradients in layer.rule(layer.module, inputs, widened(deltas), names).items():
-                if proves:
+            if self._completeness.open:  # besides, so that the first step of an attempt reads as any other would
+                each = layer.rule(layer.module, inputs, widened(deltas), tuple(layer.parameters))
+                for name, gradients in each.items():
                     self._completeness.account(layer.parameters[name], gradients)
+            for name, gradients in layer.rule(layer.module, inputs, widened(deltas), names).items():
                 if alone:
                     self._sums.append(gradients.squared_norms().sum())
                 else:

@@ -16,6 +16,7 @@ from orchestrator.runtime import replay
 from orchestrator.session import Session
 from tests.support import EAGER, blobs, config, cross_entropy, mlp
 from tests.unit.examples import one_by_one
+from tests.unit.small_runs import readings_of, trained
 
 BATCH, STEPS = 12, 3
 
@@ -99,6 +100,16 @@ def test_what_cannot_be_read_is_refused_before_the_run_has_a_folder(tmp_path: Pa
     with pytest.raises(MeasureError, match="BatchNorm in training mode at 1"):
         run(tmp_path, nn.Sequential(nn.Linear(20, 4), nn.BatchNorm1d(4)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stop_in_step", [0, 3])
+def test_a_run_that_was_stopped_and_resumed_reads_the_same_to_the_last_bit(tmp_path: Path, stop_in_step: int) -> None:
+    # The first micro-batch of an attempt is looked at more closely, and that must not show.
+    sections = {"measure": {"estimator": "per_example"}}
+    trained(tmp_path / "at once", sections=sections)
+    trained(tmp_path / "stopped", sections=sections, stop_in_step=stop_in_step)
+    trained(tmp_path / "stopped", sections=sections, resume=True)
+    assert readings_of(tmp_path / "stopped") == readings_of(tmp_path / "at once")
 
 
 def test_a_batch_grows_by_the_reading_and_a_replay_of_the_folder_decides_alike(tmp_path: Path) -> None:
