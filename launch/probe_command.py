@@ -101,6 +101,8 @@ def _say_what_was_used(found: Probe, config: RunConfig, console: Console) -> Non
         f"The first {plan.samples:,} samples of the run's stream ({found.dataset_size:,} in the data set), in "
         f"{len(plan.groups)} groups of {_span(plan.groups)} micro-batches of {plan.micro_batch}; nothing was trained.",
     )
+    if config.measure.estimator == "norm_layers":
+        _say(console, "Measured per_example: a probe has no calibration that norm_layers could go by.")
     console.print()
 
 

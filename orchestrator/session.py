@@ -35,6 +35,7 @@ from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
 from orchestrator.runtime.branches import Branches
+from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.curvature import Curvature, LossOf
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.exchange import Exchange, OwnStep
@@ -106,6 +107,7 @@ class Session:
         self._ema = None if half_life is None else EmaWeights(model, half_life_samples=half_life)
         self._estimator = find_estimator(config.measure.estimator)
         self._meter = self._estimator.build(model, self._update.trained, config.measure)
+        self._calibration = Calibration(config.measure.calibration_samples, meter=self._meter)
         self._loader = PositionLoader(
             dataset,
             collate,
@@ -123,10 +125,13 @@ class Session:
             optimizer=optimizer,
             rules=rules,
             dataset_size=len(dataset),
+            calibration=self._calibration,
             scaler=grad_scaler,
             ema=self._ema,
         )
-        self._exchange = Exchange(self._collective, self._history, lag_steps=rules.lag_steps, act=rules.act)
+        self._exchange = Exchange(
+            self._collective, self._history, self._calibration, lag_steps=rules.lag_steps, act=rules.act
+        )
         self._groups = GroupNoise(
             config,
             model=model,
@@ -274,6 +279,9 @@ class Session:
         self._groups.add(own)
         if self.evaluation_due:
             self._settle()
+        if self._calibration.is_over(self.samples_seen):
+            self._settle()
+            self._calibration.conclude(self._history.journal, step=own.step, samples_seen=self.samples_seen)
         if self._state.is_over:
             # Before anything else of the user's is called: a metric that raises must not cost what was trained.
             self._checkpoint(why="the end")
@@ -397,7 +405,7 @@ class Session:
 
     def _own(self, step: Step, reading: Reading, scale: StepScale) -> OwnStep:
         """The step just taken, as this rank knows it."""
-        before = self.samples_seen - step.plan.batch
+        before, part = self.samples_seen - step.plan.batch, reading.part
         return OwnStep(
             step=self.step_number - 1,
             samples_seen=self.samples_seen,
@@ -408,7 +416,12 @@ class Session:
             parts=self._estimator.parts(step.plan),
             measured=step.measured,
             mean_grad_sq=reading.mean_grad_sq,
-            sums=StepSums(weighted_sq_sum=reading.weighted_sq_sum, loss_sum=step.loss_sum(reading)),
+            part_mean_grad_sq=None if part is None else part.mean_grad_sq,
+            sums=StepSums(
+                weighted_sq_sum=reading.weighted_sq_sum,
+                loss_sum=step.loss_sum(reading),
+                part_weighted_sq_sum=0.0 if part is None else part.weighted_sq_sum,
+            ),
             step_time_s=self.worker.now() - step.began_s,
             decides=self._state.decides,
         )

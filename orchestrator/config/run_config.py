@@ -164,6 +164,11 @@ class RunConfig(Section):
                 f"write {max(1, total // 4)}, or leave it out",
             )
             late("measure.curvature_every_samples", curvature, rule, fix)
+        calibration = self.measure.calibration_samples
+        if calibration is not None and calibration >= total:
+            rule = f"the calibration never ends, {ends}"
+            fix = f"write {max(1, total // 4)}, or measure.estimator: per_example"
+            late("measure.calibration_samples", calibration, rule, fix, "measure.estimator")
         if self.lr_rule.ramp_samples >= total:
             late("lr_rule.ramp_samples", self.lr_rule.ramp_samples, f"the ramp never ends, {ends}", "write less")
         every, branch = controller.branch_every_samples or 0, controller.branch_samples or 0

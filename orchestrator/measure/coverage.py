@@ -34,8 +34,17 @@ class Coverage:
     names: Mapping[int, str]  # of each trained parameter, by its id
 
 
-def cover(model: nn.Module, trained: Iterable[nn.Parameter], *, leave_out: Sequence[str] = ()) -> Coverage:
-    """Raises ``MeasureError``, which lists all modules that stand in the way, or paths that there are not."""
+def cover(
+    model: nn.Module,
+    trained: Iterable[nn.Parameter],
+    *,
+    leave_out: Sequence[str] = (),
+    kinds: tuple[type[nn.Module], ...] = (nn.Module,),
+) -> Coverage:
+    """``leave_out`` are paths of modules, and ``kinds`` those that are measured where they lie elsewhere.
+
+    Raises ``MeasureError``, which lists all modules that stand in the way, or paths that there are not.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted = {id(p): p for p in trained if p.requires_grad}
     _refuse_unknown_paths(leave_out, modules)
@@ -45,7 +54,7 @@ def cover(model: nn.Module, trained: Iterable[nn.Parameter], *, leave_out: Seque
     layers, strange, seen = [], {}, set()
     for path, module in modules.items():
         own = {name: p for name, p in module.named_parameters(recurse=False) if id(p) in wanted}
-        if not own or id(module) in seen or _is_below(path, leave_out):
+        if not own or id(module) in seen or _is_below(path, leave_out) or not isinstance(module, kinds):
             continue
         seen.add(id(module))
         rule, why = _rule_of(module, own)

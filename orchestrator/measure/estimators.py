@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from orchestrator.errors import ConfigError
 from orchestrator.measure.meter import Estimator
 from orchestrator.measure.micro_batch import GradMeter
+from orchestrator.measure.norm_layers import NormLayersMeter
 from orchestrator.measure.per_example import PerExampleMeter
 from orchestrator.registry import resolve
 
@@ -14,6 +15,10 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "micro_batch": Estimator(build=lambda model, parameters, settings: GradMeter(parameters)),
     "per_example": Estimator(
         build=lambda model, parameters, settings: PerExampleMeter(model, parameters, leave_out=settings.leave_out),
+        compares="samples",
+    ),
+    "norm_layers": Estimator(
+        build=lambda model, parameters, settings: NormLayersMeter(model, parameters, leave_out=settings.leave_out),
         compares="samples",
     ),
     "split": Estimator(build=lambda model, parameters, settings: GradMeter(parameters), halves=True),

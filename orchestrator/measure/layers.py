@@ -103,6 +103,7 @@ RULES: Mapping[type[nn.Module], Rule] = {
     nn.RMSNorm: rms_norm,
     nn.GroupNorm: group_norm,
 }
+NORMALISATION = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 JOINED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # these know WEIGHT_AND_BIAS
 
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from orchestrator.config.batch_size import MeasureSection
 from orchestrator.types import BatchPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartReading:
+    """The same two sums as a ``Reading``'s, of some of the parameters that are measured."""
+
+    weighted_sq_sum: float
+    mean_grad_sq: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +32,7 @@ class Reading:
     mean_grad_sq: float  # |mean gradient|^2
     losses: tuple[float, ...]  # of this rank's micro-batches, in order
     left_out_grad_sq: float = 0.0  # |mean gradient|^2
+    part: PartReading | None = None  # while a part is read besides, to find out what it tells of the whole
 
     @property
     def grad_is_finite(self) -> bool:
@@ -55,6 +64,15 @@ class Meter(Protocol):
 
     def close(self) -> None:
         """Leave no hook behind."""
+        ...
+
+
+@runtime_checkable
+class CalibratedMeter(Meter, Protocol):
+    """A ``Meter`` that reads a part besides the whole until it is told which of them to go on with."""
+
+    def go_on_with(self, which: Literal["whole", "part"]) -> None:
+        """From the next step on."""
         ...
 
 

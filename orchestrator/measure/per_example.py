@@ -39,13 +39,22 @@ _OTHERWISE = (
 class PerExampleMeter:
     """The ``Meter`` that compares samples; ``leave_out`` are paths of modules whose parameters are not measured.
 
+    Of the others only those of ``kinds`` are.
+
     Raises ``MeasureError`` for a model that it cannot read: here, or at the first micro-batch, when the layers are
     found not to account for the gradient, or a layer's first dimension not to be that of the samples. (A dimension of
     another meaning is seen by its length: one that happens to have the length of the micro-batch is not.)
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], *, leave_out: Sequence[str] = ()) -> None:
-        self._coverage = cover(model, parameters, leave_out=leave_out)
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        *,
+        leave_out: Sequence[str] = (),
+        kinds: tuple[type[nn.Module], ...] = (nn.Module,),
+    ) -> None:
+        self._coverage = cover(model, parameters, leave_out=leave_out, kinds=kinds)
         owners = Counter(id(p) for layer in self._coverage.layers for p in layer.parameters.values())
         shared = {i for i, count in owners.items() if count > 1}
         self._alone = {id(layer): joined_names(layer, shared=shared) for layer in self._coverage.layers}

@@ -20,6 +20,7 @@ class StepSums:
 
     weighted_sq_sum: float  # sum over micro-batches of b_i |g_i|^2
     loss_sum: float  # over samples
+    part_weighted_sq_sum: float = 0.0  # the first, of a part that is read besides the whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,9 @@ class Announcement:
 
     def encode(self) -> list[float]:
         flags = [float(self.stop), float(self.hold), float(self.save), float(self.rest_steps)]
-        sums = [number for step in self.sums for number in (step.weighted_sq_sum, step.loss_sum)]
+        sums = [
+            number for step in self.sums for number in (step.weighted_sq_sum, step.loss_sum, step.part_weighted_sq_sum)
+        ]
         if self.plan is None:
             return flags + [0.0] * (_HEAD - len(flags)) + sums
         plan, noise_scale = self.plan.plan, self.plan.target.noise_scale
@@ -62,12 +65,13 @@ class Announcement:
     def decode(values: Sequence[float]) -> Announcement:
         stop, hold, save, rest_steps, has_plan = values[:5]
         numbers = iter(values[_HEAD:])
+        rows = zip(numbers, numbers, numbers, strict=True)
         said = Announcement(
             stop=stop > 0,
             hold=hold > 0,
             save=save > 0,
             rest_steps=int(rest_steps),
-            sums=tuple(StepSums(weighted_sq_sum=w, loss_sum=loss) for w, loss in zip(numbers, numbers, strict=True)),
+            sums=tuple(StepSums(weighted_sq_sum=w, loss_sum=loss, part_weighted_sq_sum=p) for w, loss, p in rows),
         )
         if not has_plan:
             return said

@@ -16,6 +16,7 @@ from typing import final
 from orchestrator.core import noise
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
+from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.history import History
 from orchestrator.runtime.journal import FinishedStep
 from orchestrator.types import BatchPlan, GradMeasured, GradSample
@@ -37,6 +38,7 @@ class OwnStep:
     parts: int  # over all ranks, that its gradients are compared between
     measured: bool
     mean_grad_sq: float
+    part_mean_grad_sq: float | None  # where a part was read besides the whole
     sums: StepSums
     step_time_s: float
     decides: bool
@@ -54,9 +56,12 @@ class _UnderWay:
 class Exchange:
     """Collects finished steps. All ranks make the same calls, and get the same answers."""
 
-    def __init__(self, collective: Collective, history: History, *, lag_steps: int, act: bool) -> None:
+    def __init__(
+        self, collective: Collective, history: History, calibration: Calibration, *, lag_steps: int, act: bool
+    ) -> None:
         self._collective = collective
         self._history = history
+        self._calibration = calibration
         self._lag_steps = lag_steps
         self._act = act  # else a decision changes nothing, and no exchange is made for it
         self._waiting: list[OwnStep] = []
@@ -111,7 +116,7 @@ class Exchange:
             return Announcement()
         heard = Announcement.decode(under_way.result())
         self._rest_steps = heard.rest_steps
-        finished = [_finished(step, sums) for step, sums in zip(under_way.steps, heard.sums, strict=True)]
+        finished = [self._finished(step, sums) for step, sums in zip(under_way.steps, heard.sums, strict=True)]
         self._history.steps(finished)
         losses = ((step.measured.sample.step, step.measured.sample.loss) for step in finished)
         self.first_non_finite = next((step for step, loss in losses if not math.isfinite(loss)), None)
@@ -121,7 +126,7 @@ class Exchange:
         """Write down the steps that no exchange told of: training has failed here, and the others cannot be asked."""
         steps = [*([] if self._under_way is None else self._under_way.steps), *self._waiting]
         unknown = StepSums(weighted_sq_sum=math.nan, loss_sum=math.nan)
-        self._history.without_the_others([_finished(step, unknown) for step in steps])
+        self._history.without_the_others([self._finished(step, unknown) for step in steps])
 
     def _rest(self, steps: Sequence[OwnStep]) -> int:
         """How many steps may pass before the next exchange. One process has nobody to wait for."""
@@ -130,31 +135,41 @@ class Exchange:
         mean_s = sum(step.step_time_s for step in steps) / len(steps)
         return min(_MOST_STEPS, int(_EVERY_S / max(mean_s, 1e-6))) - 1
 
-
-def _finished(step: OwnStep, sums: StepSums) -> FinishedStep:
-    batch = step.plan.batch
-    moments = None
-    if step.measured and all(map(math.isfinite, (step.mean_grad_sq, sums.weighted_sq_sum, sums.loss_sum))):
-        moments = noise.moments_from_sums(
-            weighted_sq_sum=sums.weighted_sq_sum,
-            mean_grad_sq=step.mean_grad_sq,
+    def _finished(self, step: OwnStep, sums: StepSums) -> FinishedStep:
+        batch = step.plan.batch
+        moments = self._calibration.take_in(
+            _moments(step, sums.weighted_sq_sum, step.mean_grad_sq, sums.loss_sum),
+            _moments(step, sums.part_weighted_sq_sum, step.part_mean_grad_sq, sums.loss_sum),
+            samples_seen=step.samples_seen,
+            batch=batch,
+        )
+        sample = GradSample(
+            step=step.step,
+            samples_seen=step.samples_seen,
             batch=batch,
             micro_batches=step.parts,
+            loss=sums.loss_sum / batch,
+            lr=step.rule_lr,
+            grad_sq=None if moments is None else moments[0],
+            trace_cov=None if moments is None else moments[1],
         )
-    sample = GradSample(
-        step=step.step,
-        samples_seen=step.samples_seen,
-        batch=batch,
-        micro_batches=step.parts,
-        loss=sums.loss_sum / batch,
-        lr=step.rule_lr,
-        grad_sq=None if moments is None else moments[0],
-        trace_cov=None if moments is None else moments[1],
-    )
-    return FinishedStep(
-        measured=GradMeasured(sample=sample, step_time_s=step.step_time_s),
-        lr=step.lr,
-        plan=step.plan,
-        spans=step.spans,
-        decides=step.decides,
+        return FinishedStep(
+            measured=GradMeasured(sample=sample, step_time_s=step.step_time_s),
+            lr=step.lr,
+            plan=step.plan,
+            spans=step.spans,
+            decides=step.decides,
+        )
+
+
+def _moments(
+    step: OwnStep, weighted_sq_sum: float, mean_grad_sq: float | None, loss_sum: float
+) -> tuple[float, float] | None:
+    """(|G|^2, tr(Sigma)); ``None`` for what was not measured, or is not finite."""
+    if mean_grad_sq is None or not step.measured:
+        return None
+    if not all(map(math.isfinite, (mean_grad_sq, weighted_sq_sum, loss_sum))):
+        return None
+    return noise.moments_from_sums(
+        weighted_sq_sum=weighted_sq_sum, mean_grad_sq=mean_grad_sq, batch=step.plan.batch, micro_batches=step.parts
     )

@@ -26,6 +26,7 @@ from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.brain import STATE_TYPES
+from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.checkpoints import CheckpointStore
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.journal import FinishedStep, Journal
@@ -64,10 +65,12 @@ class History:
         optimizer: torch.optim.Optimizer,
         rules: Rules,
         dataset_size: int,
+        calibration: Calibration,
         scaler: torch.amp.GradScaler | None = None,
         ema: EmaWeights | None = None,
     ) -> None:
         self._config = config
+        self._calibration = calibration
         self._ema = None if ema is None else ema.tensors
         self._scaler = scaler
         self._worker = worker
@@ -116,6 +119,7 @@ class History:
                 record = BrainRecord(state=meta["controller"], tail=codec.decode(meta["controller_tail"], STATE_TYPES))
                 in_force = codec.decode(meta["in_force"], _IN_FORCE_TYPES)
                 self.journal.remember(meta)
+                self._calibration.remember(meta)
                 restore_rng(meta["rng"])
                 if self._scaler is not None and meta["scaler"] is not None:
                     self._scaler.load_state_dict(meta["scaler"])
@@ -232,6 +236,7 @@ class History:
                 "controller_tail": codec.encode(record.tail),
                 "in_force": codec.encode(in_force),
                 **self.journal.memory(),
+                **self._calibration.memory(),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "rng": save_rng(),
             }

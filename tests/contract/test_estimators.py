@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,24 +13,36 @@ from orchestrator.config.batch_size import ESTIMATORS as NAMES, MeasureSection
 from orchestrator.core.noise import moments_from_sums
 from orchestrator.core.planner import make_plan
 from orchestrator.measure.estimators import ESTIMATORS, find_estimator
-from orchestrator.measure.meter import Meter
+from orchestrator.measure.meter import CalibratedMeter, Estimator, Meter
 from orchestrator.types import BatchPlan
 from tests.contract.plugins import PLUGINS
 
 MICRO, DIM, LABEL_NOISE = 4, 5, 1.0
 BATCH = 14  # the last micro-batch is smaller
 Samples = tuple[Tensor, Tensor]
-each = pytest.mark.parametrize("name", [*ESTIMATORS, *PLUGINS["estimator"]])
+
+
+AFTER = " after calibration"
+CALIBRATED = [name for name in NAMES if MeasureSection(estimator=name).calibration_samples is not None]
+METERS = [*NAMES, *PLUGINS["estimator"], *(name + AFTER for name in CALIBRATED)]
+
+
+def estimator(name: str) -> Estimator:
+    return find_estimator(name.removesuffix(AFTER))
 
 
 def meter(name: str, model: nn.Module) -> Meter:
-    settings = MeasureSection.model_validate({"estimator": name})
-    return find_estimator(name).build(model, list(model.parameters()), settings)
+    settings = MeasureSection.model_validate({"estimator": name.removesuffix(AFTER)})
+    found = estimator(name).build(model, list(model.parameters()), settings)
+    assert isinstance(found, CalibratedMeter) is (settings.calibration_samples is not None)
+    if isinstance(found, CalibratedMeter) and name.endswith(AFTER):
+        found.go_on_with("part")
+    return found
 
 
 def plan(name: str, batch: int) -> BatchPlan:
     """As a run that advises cuts it."""
-    halves = find_estimator(name).halves
+    halves = estimator(name).halves
     micro_batch = MICRO // 2 if halves else MICRO
     return make_plan(batch, world_size=1, micro_batch=micro_batch, generation=0, measurable=halves)
 
@@ -55,7 +68,7 @@ def step(
         weighted_sq_sum=reading.weighted_sq_sum,
         mean_grad_sq=reading.mean_grad_sq,
         batch=cut.batch,
-        micro_batches=find_estimator(name).parts(cut),
+        micro_batches=estimator(name).parts(cut),
     )
 
 
@@ -63,6 +76,14 @@ def regression(*, at_distance: float = 1.0) -> nn.Module:
     linear = nn.Linear(DIM, 1, bias=False).double()
     nn.init.constant_(linear.weight, at_distance / math.sqrt(DIM))
     return linear
+
+
+def normalised_regression() -> nn.Module:
+    """The same with inputs of one length: the weights are the gains of an RMSNorm, and the rest only sums."""
+    norm, rest = nn.RMSNorm(DIM, eps=0.0), nn.Linear(DIM, 1, bias=False)
+    nn.init.constant_(norm.weight, 1 / math.sqrt(DIM))
+    nn.init.ones_(rest.weight)
+    return nn.Sequential(norm, rest.requires_grad_(False)).double()
 
 
 def draw(samples: int, generator: torch.Generator) -> Samples:
@@ -80,23 +101,31 @@ def test_the_config_knows_the_estimators_that_there_are() -> None:
     assert tuple(ESTIMATORS) == NAMES
 
 
-@each
-def test_readings_are_unbiased_on_a_regression_of_known_noise(name: str) -> None:
-    # Theory F1 with A = I and |e| = 1: |G|^2 = 1, tr(Sigma) = 1 + q DIM with q = 1 + LABEL_NOISE^2.
-    model, generator = regression(), torch.Generator().manual_seed(5)
+# Theory F1 with A = I and |e| = 1: |G|^2 = 1, tr(Sigma) = 1 + q DIM with q = 1 + LABEL_NOISE^2. Where |x|^2 is DIM for
+# each x, the mean of |g|^2 is q DIM, and tr(Sigma) = q DIM - 1.
+NOISE = DIM * (1.0 + LABEL_NOISE**2)
+REGRESSIONS = [(name, regression, 1.0 + NOISE) for name in (*NAMES, *PLUGINS["estimator"]) if name not in CALIBRATED]
+REGRESSIONS += [(name, normalised_regression, NOISE - 1.0) for name in METERS]
+
+
+@pytest.mark.parametrize(("name", "build", "trace_cov"), REGRESSIONS)
+def test_readings_are_unbiased_on_a_regression_of_known_noise(
+    name: str, build: Callable[[], nn.Module], trace_cov: float
+) -> None:
+    model, generator = build(), torch.Generator().manual_seed(5)
     found, read = meter(name, model), []
     for _ in range(800):
         read.append(step(name, found, model, draw(BATCH, generator)))
         model.zero_grad()
     values = torch.tensor(read).double()
     errors = values.std(0) / math.sqrt(len(values))
-    truth = torch.tensor([1.0, 1.0 + DIM * (1.0 + LABEL_NOISE**2)]).double()
+    truth = torch.tensor([1.0, trace_cov]).double()
     assert ((values.mean(0) - truth).abs() < 4 * errors).all(), (values.mean(0), errors)  # one false alarm in 8,000
     assert (errors < 0.1 * truth + 0.05).all()  # else the line above says nothing
 
 
 @pytest.mark.parametrize("factor", [1e-3, 7.0, 1e4])
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_both_moments_are_multiplied_by_the_square_of_what_multiplies_the_loss(name: str, factor: float) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)
@@ -107,7 +136,7 @@ def test_both_moments_are_multiplied_by_the_square_of_what_multiplies_the_loss(n
     assert scaled == pytest.approx([factor**2 * moment for moment in plain], rel=1e-9)
 
 
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_the_gradient_is_bit_identical_with_and_without(name: str) -> None:
     samples = draw(BATCH, torch.Generator().manual_seed(1))
     gradients = []
@@ -129,7 +158,7 @@ def test_the_gradient_is_bit_identical_with_and_without(name: str) -> None:
             assert torch.equal(mine, plain.grad)
 
 
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_a_step_that_is_not_measured_has_no_hooks_and_leaves_none(name: str) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)
@@ -150,7 +179,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(table) for each in tables for table in each) + sum(map(len, of_parameters))
 
 
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_nothing_is_left_of_a_step_that_was_given_up(name: str) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)
@@ -161,7 +190,7 @@ def test_nothing_is_left_of_a_step_that_was_given_up(name: str) -> None:
     assert step(name, found, model, samples) == pytest.approx(whole, rel=1e-12)
 
 
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_equal_samples_have_no_noise(name: str) -> None:
     one = draw(1, torch.Generator().manual_seed(1))
     samples = (one[0].expand(BATCH, DIM), one[1].expand(BATCH))
@@ -175,7 +204,7 @@ def test_equal_samples_have_no_noise(name: str) -> None:
         model.zero_grad()
 
 
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_the_noise_of_a_step_is_never_negative(name: str) -> None:
     model, generator = net(), torch.Generator().manual_seed(2)
     found = meter(name, model)
@@ -186,14 +215,14 @@ def test_the_noise_of_a_step_is_never_negative(name: str) -> None:
         model.zero_grad()
 
 
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_a_step_of_one_sample_gives_no_reading(name: str) -> None:
     model = net()
-    assert find_estimator(name).parts(plan(name, 1)) == 1
+    assert estimator(name).parts(plan(name, 1)) == 1
     assert step(name, meter(name, model), model, draw(1, torch.Generator().manual_seed(2))) is None
 
 
-@each
+@pytest.mark.parametrize("name", METERS)
 def test_losses_are_those_of_the_micro_batches_and_a_step_without_any_reads_as_nothing(name: str) -> None:
     model, samples = net(), draw(BATCH, torch.Generator().manual_seed(1))
     found = meter(name, model)

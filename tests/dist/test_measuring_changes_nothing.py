@@ -15,10 +15,15 @@ from tests.support import blobs, config, cross_entropy, mlp, run_fleet
 STEPS, MICRO = 12, 4
 
 
-def plain_loop(rank: int, accumulation: int, seed: int) -> tuple[list[float], list[Tensor]]:
+def model_of(estimator: str) -> nn.Module:
+    model = mlp()
+    return nn.Sequential(nn.LayerNorm(20), model) if estimator == "norm_layers" else model
+
+
+def plain_loop(rank: int, accumulation: int, seed: int, estimator: str) -> tuple[list[float], list[Tensor]]:
     """What a user writes by hand, without the library; it only takes the samples in the library's order."""
     world = dist.get_world_size()
-    data, model = blobs(), mlp()
+    data, model = blobs(), model_of(estimator)
     ddp: nn.Module = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     stream, losses, position = Stream(size=len(data), seed=seed), [], 0
@@ -56,10 +61,11 @@ def with_the_library(
         train={"samples": STEPS * batch},
         # Of two halves each: then the list is that of the plain loop.
         batch={"initial": batch, "micro_batch": 2 * MICRO if estimator == "split" else MICRO, "max": 200},
-        measure={"estimator": estimator},
+        measure={"estimator": estimator}
+        | ({"calibration_samples": STEPS * batch // 2} if estimator == "norm_layers" else {}),
         controller={"mode": "advise", "policy": "noise_scale", "every_samples": 2 * batch, "cooldown_samples": 0},
     )
-    model = mlp()
+    model = model_of(estimator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     losses = []
     with Session(settings, model=model, optimizer=optimizer, dataset=blobs()) as session:
@@ -77,7 +83,7 @@ def with_the_library(
 
 
 def both(rank: int, accumulation: int, seed: int, folder: str, estimator: str) -> bool:
-    plain_losses, plain_weights = plain_loop(rank, accumulation, seed)
+    plain_losses, plain_weights = plain_loop(rank, accumulation, seed, estimator)
     losses, weights = with_the_library(rank, accumulation, seed, folder, estimator)
     assert losses == plain_losses
     for mine, theirs in zip(weights, plain_weights, strict=True):
@@ -88,7 +94,7 @@ def both(rank: int, accumulation: int, seed: int, folder: str, estimator: str) -
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("estimator", ["micro_batch", "per_example", "split"])
+@pytest.mark.parametrize("estimator", ["micro_batch", "per_example", "norm_layers", "split"])
 def test_advising_leaves_losses_and_weights_bit_identical_to_plain_ddp(
     tmp_path: Path, world_size: int, accumulation: int, estimator: str
 ) -> None:

@@ -23,15 +23,25 @@ DIM = 10
 
 
 class Regression:
-    """x ~ N(0, I), labels of nothing but noise, weights at distance 1 from the best: the noise scale is 1 + 2 DIM."""
+    """x ~ N(0, I), labels of nothing but noise, weights at distance 1 from the best: the noise scale is 1 + 2 DIM.
 
-    def __init__(self, seed: int) -> None:
+    With ``normalised`` the inputs are brought to one length and the weights are gains: 2 DIM - 1.
+    """
+
+    def __init__(self, seed: int, *, normalised: bool) -> None:
+        self.noise_scale = 2 * DIM - 1 if normalised else 2 * DIM + 1
+        self._normalised = normalised
         generator = torch.Generator().manual_seed(seed)
         x, y = torch.randn(4096, DIM, generator=generator), torch.randn(4096, generator=generator)
         self.train_set = self.eval_set = TensorDataset(x, y)
 
     def model(self) -> nn.Module:
         linear = nn.Linear(DIM, 1, bias=False)
+        if self._normalised:
+            nn.init.ones_(linear.weight.requires_grad_(False))
+            norm = nn.RMSNorm(DIM)
+            nn.init.constant_(norm.weight, DIM**-0.5)
+            return nn.Sequential(norm, linear, nn.Flatten(0))
         nn.init.constant_(linear.weight, DIM**-0.5)
         return nn.Sequential(linear, nn.Flatten(0))
 
@@ -44,7 +54,10 @@ class Regression:
 
 def probed(folder: Path, task: Task, estimator: str, *, seed: int = 0, samples: int | None = None) -> Probe:
     config = support.config(
-        folder, run={"name": "run", "dir": str(folder), "seed": seed}, measure={"estimator": estimator}
+        folder,
+        run={"name": "run", "dir": str(folder), "seed": seed},
+        train={"samples": 10_000},  # more than a calibration takes
+        measure={"estimator": estimator},
     )
     torch.manual_seed(0)
     return measure(config, task=task, model=task.model(), device=CPU, samples=samples)
@@ -54,10 +67,11 @@ def probed(folder: Path, task: Task, estimator: str, *, seed: int = 0, samples: 
 def test_each_interval_covers_the_closed_form(tmp_path: Path, estimator: str) -> None:
     covered = 0
     for seed in range(12):
-        stats = probed(tmp_path, Regression(seed), estimator, seed=seed).stats
+        task = Regression(seed, normalised=estimator == "norm_layers")
+        stats = probed(tmp_path, task, estimator, seed=seed).stats
         assert stats.low is not None
         assert stats.high is not None
-        covered += stats.low <= 1 + 2 * DIM <= stats.high
+        covered += stats.low <= task.noise_scale <= stats.high
     assert covered >= 10  # of 12 at 95 %: fewer once in 50 times, and these seeds are what they are
 
 
@@ -88,8 +102,15 @@ def no_estimator() -> int:
 
 
 def test_an_estimator_of_ones_own_measures(tmp_path: Path) -> None:
-    own = probed(tmp_path, Regression(0), f"{__name__}:own_estimator")
-    assert own.stats == probed(tmp_path, Regression(0), "micro_batch").stats
+    task = Regression(0, normalised=False)
+    own = probed(tmp_path, task, f"{__name__}:own_estimator")
+    assert own.stats == probed(tmp_path, task, "micro_batch").stats
+
+
+def test_a_probe_knows_no_calibration_and_reads_per_example(tmp_path: Path) -> None:
+    task = build_task("char_lm", {"width": 32, "depth": 1, "context": 32})
+    found = [probed(tmp_path, task, name, samples=512).stats for name in ("norm_layers", "per_example")]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
