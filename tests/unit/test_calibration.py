@@ -34,10 +34,12 @@ def state_of(
     return state
 
 
-def drawn(rng: np.random.Generator, *, slope: float = 2.0, noise: float = 0.5) -> list[tuple[Moments, Moments]]:
+def drawn(
+    rng: np.random.Generator, *, slope: float = 2.0, noise: float = 0.5, trace_noise: float = 0.05
+) -> list[tuple[Moments, Moments]]:
     """|G|^2 is 1 and ``slope`` / 300, with own noise and one in common; tr(Sigma) is 40 and 40 / 300."""
     own, part, common = noise * rng.normal(size=(3, STEPS))
-    t, t_part = 40 * (1 + 0.05 * rng.normal(size=(2, STEPS)))
+    t, t_part = 40 * (1 + trace_noise * rng.normal(size=(2, STEPS)))
     q, q_part = 1 + common + own, slope / 300 * (1 + common + part)
     return [((q[i], t[i]), (q_part[i], t_part[i] / 300)) for i in range(STEPS)]
 
@@ -100,11 +102,12 @@ def test_the_memory_is_bounded_and_survives_being_written_down() -> None:
     assert codec.decode(json.loads(json.dumps(codec.encode(kept))), types) == kept
 
 
-def test_the_slopes_interval_covers_the_planted_slope() -> None:
+@pytest.mark.parametrize(("noise", "trace_noise"), [(0.5, 0.05), (0.05, 0.5)])
+def test_the_slopes_interval_covers_the_planted_slope(noise: float, trace_noise: float) -> None:
     covered, runs, widths = 0, 600, []
     rng = np.random.default_rng(3)
     for _ in range(runs):
-        found = calibration.fit(state_of(drawn(rng)))
+        found = calibration.fit(state_of(drawn(rng, noise=noise, trace_noise=trace_noise)))
         assert found.slope_low is not None
         assert found.slope_high is not None
         assert found.spread is not None
@@ -112,8 +115,9 @@ def test_the_slopes_interval_covers_the_planted_slope() -> None:
         widths.append(found.spread)
     # Nominal 95 %; four standard deviations of a binomial are 3.6 %: a false alarm in 16,000.
     assert covered / runs == pytest.approx(0.95, abs=0.036)
-    # |G|^2 has own noise of 0.5 in each of 128 steps, twice, and tr(Sigma) a tenth of that: 2 x 0.0634.
-    assert np.mean(widths) == pytest.approx(2 * math.hypot(0.5, 0.5, 0.05, 0.05) / math.sqrt(128), rel=0.15)
+    # Of whole and part, |G|^2 and tr(Sigma) have noise of their own in each of 128 steps; two standard errors.
+    error = math.hypot(noise, noise, trace_noise, trace_noise) / math.sqrt(128)
+    assert np.mean(widths) == pytest.approx(2 * error, rel=0.15)
 
 
 def test_a_slope_that_drifts_through_the_second_half_is_not_used() -> None:
