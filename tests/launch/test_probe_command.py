@@ -41,6 +41,14 @@ def test_it_prints_what_was_measured_and_what_follows(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "given.yaml"]  # no run was begun
 
 
+def test_it_says_that_it_knows_no_calibration(tmp_path: Path) -> None:
+    digits = {"task": {"name": "digits", "options": {"width": 8}}, "train": {"samples": 10_000}}
+    for estimator in ("per_example", "norm_layers"):
+        done = call(tmp_path, "--samples", "320", **digits, measure={"estimator": estimator})
+        assert done.exit_code == 0, done.output
+        assert ("Measured per_example" in done.output) is (estimator == "norm_layers")
+
+
 def test_a_policy_whose_setting_is_given_answers_too(tmp_path: Path) -> None:
     sets = ("controller.policy=norm_test", "controller.theta=0.5", "lr_rule.name=surge", "lr_rule.peak_batch=32")
     done = call(tmp_path, *(word for key in sets for word in ("--set", key)))
