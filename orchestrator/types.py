@@ -126,10 +126,15 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What training is set to: the batch, and the noise scale the learning-rate rule was given with it."""
+    """What training is set to: the batch, and the noise scale the learning-rate rule was given with it.
+
+    ``fresh`` says whether that noise scale was measured at this decision; else it is that of an earlier one, however
+    old, which does for a rate that goes on and not for what is restated once, at the jump.
+    """
 
     batch: int
     noise_scale: float | None = None
+    fresh: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

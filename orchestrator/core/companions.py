@@ -40,7 +40,7 @@ class StepScale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jump:
-    """A change of the target batch [samples]; ``noise_scale`` [samples] is that of its decision."""
+    """A change of the target batch [samples]; ``noise_scale`` [samples] was measured at its decision, if at all."""
 
     old_batch: int
     new_batch: int

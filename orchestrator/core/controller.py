@@ -262,7 +262,7 @@ def decide(
         )
     # An estimate without an upper end is no ground for a learning rate either; the last good one stays.
     known = stats.noise_scale if stats.bounded else state.target.noise_scale
-    target = Target(batch=decision.target_batch, noise_scale=known)
+    target = Target(batch=decision.target_batch, noise_scale=known, fresh=stats.bounded)
     step = state.step + 1 + rules.lag_steps
     state = replace(state, pending=PendingTarget(effective_step=step, target=target), generation=state.generation + 1)
     return state, _apply(state, target, rules, step=step, reason=decision.reason)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.types import ApplyPlan, BatchPlan, Target
 
-_HEAD = 13
+_HEAD = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Announcement:
         ]
         if self.plan is None:
             return flags + [0.0] * (_HEAD - len(flags)) + sums
-        plan, noise_scale = self.plan.plan, self.plan.target.noise_scale
+        plan, target = self.plan.plan, self.plan.target
         return [
             *flags,
             1.0,
@@ -56,8 +56,9 @@ class Announcement:
             float(plan.micro_batch),
             float(self.plan.effective_step),
             self.plan.lr_factor,
-            float(noise_scale is not None),
-            0.0 if noise_scale is None else noise_scale,
+            float(target.noise_scale is not None),
+            0.0 if target.noise_scale is None else target.noise_scale,
+            float(target.fresh),
             *sums,
         ]
 
@@ -76,9 +77,9 @@ class Announcement:
         if not has_plan:
             return said
         generation, world_size, batch, micro_batch, step = (int(v) for v in values[5:10])
-        factor, noise_known, noise_scale = values[10:_HEAD]
+        factor, noise_known, noise_scale, fresh = values[10:_HEAD]
         plan = BatchPlan(generation=generation, world_size=world_size, batch=batch, micro_batch=micro_batch)
-        target = Target(batch=batch, noise_scale=noise_scale if noise_known else None)
+        target = Target(batch=batch, noise_scale=noise_scale if noise_known else None, fresh=bool(fresh))
         return replace(
             said,
             plan=ApplyPlan(plan=plan, target=target, lr_factor=factor, effective_step=step, reason="announced"),

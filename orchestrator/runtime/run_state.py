@@ -45,7 +45,8 @@ class RunState:
         if self._ramp_samples:
             ramp = Ramp(start_factor=self._rule(before, before.target.batch), start_samples=self.samples_seen)
         self.in_force = replace(before, target=apply.target, ramp=ramp)
-        return Jump(old_batch=before.target.batch, new_batch=apply.target.batch, noise_scale=apply.target.noise_scale)
+        known = apply.target.noise_scale if apply.target.fresh else None
+        return Jump(old_batch=before.target.batch, new_batch=apply.target.batch, noise_scale=known)
 
     def due(self) -> ApplyPlan | None:
         """The next plan, if its step has come; it is handed out once."""

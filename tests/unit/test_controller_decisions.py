@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-from orchestrator.core import controller, noise
+from orchestrator.core import codec, controller, noise
+from orchestrator.core.companions import Jump
 from orchestrator.core.controller import advance
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings
+from orchestrator.core.policies import PolicySettings, build_policy
 from orchestrator.core.policy_inputs import PolicyInputs
+from orchestrator.core.ramp import InForce
+from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.brain import decode_state, encode_state
-from orchestrator.types import ApplyPlan, Decision, Keep, Preempted, SaveCheckpoint, Stop, Target
+from orchestrator.runtime.run_state import RunState
+from orchestrator.types import ApplyPlan, Decision, Keep, NoiseStats, Preempted, SaveCheckpoint, Stop, Target, Verdict
 from tests.unit.planted import (
     COOLDOWN,
     EVERY,
@@ -119,6 +125,34 @@ def test_a_change_without_a_bounded_interval_keeps_the_last_noise_scale_for_the_
         _, action = advance(start, measured(31, 1024, 32), settled)
         assert isinstance(action, ApplyPlan)
         assert action.target.noise_scale == expected
+
+
+def test_an_old_noise_scale_goes_on_in_the_rate_and_is_not_what_the_second_moments_are_restated_by() -> None:
+    """A ramp's second change, 100,000 samples after the first, at which the interval has no upper end."""
+    ramp = build_policy(PolicySettings(name="schedule", ramp=((1000, 64), (100_000, 512)), floor=32, ceiling=4096))
+    settled = rules(policy=ramp, lr_rule=build_rule("noise_scale"))
+    run = RunState(settled, ramp_samples=0)
+    run.begin(step=0, samples_seen=0, pending=None, in_force=None)
+    state = controller.init(settled, world_size=1)
+    run.adopt(controller.current_plan(state, settled, reason="the run begins"))
+    jumps = []
+    for seen, stats in (
+        (1024, NoiseStats(verdict=Verdict.MEASURED, noise_scale=50.0, low=40.0, high=60.0)),
+        (100_352, NoiseStats(verdict=Verdict.TOO_NOISY, noise_scale=9000.0, low=4000.0)),
+    ):
+        state = replace(state, samples_seen=seen, loss_sum=1.0, loss_samples=1)
+        state, action = controller.decide(state, stats=stats, lr=0.1, rules=settled)
+        assert isinstance(action, ApplyPlan)
+        assert action.target.noise_scale == 50.0
+        heard = Announcement.decode(Announcement(plan=action).encode()).plan
+        assert heard is not None
+        jumps.append(run.adopt(heard))
+        state = replace(state, target=action.target, pending=None)
+    assert jumps == [Jump(old_batch=32, new_batch=64, noise_scale=50.0), Jump(old_batch=64, new_batch=512)]
+    assert run.in_force is not None
+    saved = json.loads(json.dumps(codec.encode(run.in_force)))
+    assert codec.decode(saved, {"InForce": InForce, "Target": Target}) == run.in_force
+    assert not run.in_force.target.fresh
 
 
 @pytest.mark.parametrize("seed", range(3))
