@@ -105,7 +105,8 @@ class MeasureSection(Section):
         "longer, and only layers that are known can be read); norm_layers, the same of normalisation layers alone, "
         "once calibration_samples have told what these say of the whole (next to no cost then); split, those of "
         "halves: batch.micro_batch is halved, rounded up, so that there are always two (another micro-batch list, at "
-        "the cost of more and smaller passes; the workers asked for stay the same); or module:factory",
+        "the cost of more and smaller passes; the workers asked for stay the same, but for policy goodput); or "
+        "module:factory",
     )
     calibration_samples: int | None = Field(
         default_factory=lambda given: CALIBRATION_SAMPLES if given.get("estimator") == "norm_layers" else None,

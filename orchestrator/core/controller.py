@@ -147,9 +147,12 @@ def plan_for(state: ControllerState, target: Target, rules: Rules) -> BatchPlan:
     plan = _whole_plan(state, target, rules)
     if not rules.split:
         return plan
-    half = -(-_micro_batch(state, rules) // 2)
     return make_plan(
-        target.batch, world_size=plan.world_size, micro_batch=half, generation=plan.generation, measurable=True
+        target.batch,
+        world_size=plan.world_size,
+        micro_batch=_computed_micro_batch(state, rules),
+        generation=plan.generation,
+        measurable=True,
     )
 
 
@@ -251,6 +254,7 @@ def decide(
             lr_fraction=rules.schedule(state.samples_seen),
             peak_lr_fraction=state.peak_lr_fraction,
             workers=state.world_size,
+            micro_batch=_computed_micro_batch(state, rules),
             steps=throughput.fit(state.timings) if rules.sees_clock else None,
         )
     )
@@ -293,6 +297,7 @@ def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerSt
         plan=plan_for(state, state.target, rules),
         whole_micro_batches=_whole_plan(state, state.target, rules).num_micro_batches,
         micro_batch=_micro_batch(state, rules),
+        computed_micro_batch=_computed_micro_batch(state, rules),
         asked=state.requested_workers or state.world_size,
         remaining_samples=rules.total_samples - state.samples_seen,
         times=state.times,
@@ -321,6 +326,12 @@ def _micro_batch(state: ControllerState, rules: Rules) -> int:
     if state.max_micro_batch is None:
         return rules.micro_batch
     return min(rules.micro_batch, state.max_micro_batch * (2 if rules.split else 1))
+
+
+def _computed_micro_batch(state: ControllerState, rules: Rules) -> int:
+    """The most samples that a worker computes at once: a micro-batch, or half of one where they are split."""
+    whole = _micro_batch(state, rules)
+    return -(-whole // 2) if rules.split else whole
 
 
 def _apply_now(state: ControllerState, rules: Rules, reason: str) -> ApplyPlan:

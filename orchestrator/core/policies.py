@@ -48,7 +48,6 @@ class PolicySettings:
     theta: float | None = None  # norm_test: the noise over the gradient's norm that is let pass
     ramp: tuple[tuple[int, int], ...] = ()  # (samples seen, batch)
     base_batch: int = 1  # samples; that the LR and its schedule are meant for
-    micro_batch: int = 1  # samples; goodput: one worker's least share of a batch
     deadband: float = 1.5  # ratio
     cooldown_samples: int = 0
     max_growth: float = 2.0  # ratio, per decision
@@ -167,7 +166,6 @@ def goodput_of(settings: PolicySettings) -> Goodput:
     return Goodput(
         cost_weight=settings.cost_weight,
         base_batch=settings.base_batch,
-        micro_batch=settings.micro_batch,
         floor=settings.floor,
         ceiling=settings.ceiling,
         workers=settings.workers,

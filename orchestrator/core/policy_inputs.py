@@ -24,6 +24,7 @@ class PolicyInputs:
     lr_fraction: float = 1.0  # the LR schedule's factor for the next step
     peak_lr_fraction: float = 1.0  # its highest at a step so far
     workers: int = 1  # that there are now
+    micro_batch: int = 1  # samples; the most that a worker computes at once now
     steps: StepModel | None = None  # for time-dependent policies alone: what a step costs, once that can be told
 
 

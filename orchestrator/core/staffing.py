@@ -22,7 +22,8 @@ class Need:
 
     plan: BatchPlan
     whole_micro_batches: int  # of the plan, none of them halved only to be measured
-    micro_batch: int  # the configured one: a batch that was cut smaller only to be measured needs no more workers
+    micro_batch: int  # the whole one: a batch that was cut smaller only to be measured needs no more workers
+    computed_micro_batch: int  # what a worker really computes at once, half of the other where they are split
     asked: int
     remaining_samples: int
     times: StepTimes
@@ -72,20 +73,20 @@ def _by_goodput(need: Need, goodput: Goodput, steps: StepModel | None) -> Reques
     the worker-hours of a batch only rise with its workers. A resize pauses all workers, so it has to be paid by what
     the rest of the run gains, in the coin of the objective.
     """
-    batch = need.plan.batch
+    batch, micro_batch = need.plan.batch, need.computed_micro_batch
     if steps is None and goodput.cost_weight == 1:
         return None
     if steps is None or need.asked > steps.most_workers:
         return _by_micro_batches(need)
-    wanted = goodput.best_workers(steps, batch, workers_now=need.asked)
+    wanted = goodput.best_workers(steps, batch, workers_now=need.asked, micro_batch=micro_batch)
     if wanted == steps.most_workers and goodput.cost_weight < 1:
         further = _by_micro_batches(need)
         if further is not None and further.num_workers > wanted:
             return further
     if wanted == need.asked:
         return None
-    gain = goodput.value(steps, batch, workers=wanted, noise_scale=0.0) - goodput.value(
-        steps, batch, workers=need.asked, noise_scale=0.0
+    gain = goodput.value(steps, batch, workers=wanted, micro_batch=micro_batch) - goodput.value(
+        steps, batch, workers=need.asked, micro_batch=micro_batch
     )
     reason = f"by the step times {wanted} workers suit batch {batch} better than {need.asked}"
     if need.when == "saves_time":

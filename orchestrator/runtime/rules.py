@@ -81,7 +81,6 @@ def policy_settings(config: RunConfig, *, dataset_size: int) -> PolicySettings:
         theta=control.theta,
         ramp=tuple(control.ramp or ()),
         base_batch=batch.initial,
-        micro_batch=batch.micro_batch,
         deadband=control.deadband,
         cooldown_samples=control.cooldown_samples,
         max_growth=control.max_growth,

@@ -51,7 +51,7 @@ def rules(**changes: Any) -> Rules:
     floor = changes.get("base_batch", 32)
     restraints = {"cooldown_samples": COOLDOWN, "floor": floor, "ceiling": 16_384, "base_batch": floor}
     both = base | changes
-    fleet = {"micro_batch": both["micro_batch"], "workers": None if both["resize_when"] == "never" else both["workers"]}
+    fleet = {"workers": None if both["resize_when"] == "never" else both["workers"]}
     settings = PolicySettings(**({"name": "noise_scale"} | restraints | fleet | of_policy))
     base |= {"policy": build_policy(settings), "sees_clock": sees_clock(settings)}
     base["goodput"] = goodput_of(settings) if settings.name == "goodput" else None

@@ -21,11 +21,12 @@ from orchestrator.core.goodput import Goodput, efficiency
 from orchestrator.core.planner import WorkerLimits
 from orchestrator.core.policies import PolicySettings, build_policy
 from orchestrator.core.policy_inputs import PolicyInputs
-from orchestrator.core.throughput import StepModel
+from orchestrator.core.throughput import StepModel, Timings, note
 from orchestrator.runtime.brain import decode_state, encode_state
 from orchestrator.runtime.replay import recomputed, recorded
+from orchestrator.runtime.rules import rules_from
 from orchestrator.session import Session
-from orchestrator.types import Event, GradMeasured, NoiseStats, Target, Verdict, WorkersChanged
+from orchestrator.types import ApplyPlan, Event, GradMeasured, NoiseStats, PlanRejected, Target, Verdict, WorkersChanged
 from tests.support import EAGER, blobs, config, cross_entropy, mlp
 from tests.unit.planted import drive, gaussian, measured, requests, rules
 
@@ -34,7 +35,7 @@ MICRO, CEILING = 8, 4096
 
 def goodput(weight: float, *, workers: tuple[int, int] | None = (1, 8), floor: int = 8) -> Goodput:
     limits = None if workers is None else WorkerLimits(minimum=workers[0], maximum=workers[1], micro_batches_each=1)
-    return Goodput(cost_weight=weight, base_batch=8, micro_batch=MICRO, floor=floor, ceiling=CEILING, workers=limits)
+    return Goodput(cost_weight=weight, base_batch=8, floor=floor, ceiling=CEILING, workers=limits)
 
 
 def test_the_known_answers_of_efficiency() -> None:
@@ -70,16 +71,16 @@ scales = st.floats(1, 1e5)
 def test_the_batch_and_the_workers_are_those_that_brute_force_finds(steps, scale, weight) -> None:
     policy = goodput(weight)
     batch, workers = brute_force(steps, scale, weight, range(1, 6))
-    found = policy.best_batch(steps, scale, workers_now=1)
+    found = policy.best_batch(steps, scale, workers_now=1, micro_batch=MICRO)
 
     def worth(batch: float, workers: int) -> float:
-        return policy.value(steps, batch, workers=workers, noise_scale=scale)
+        return policy.value(steps, batch, workers=workers, micro_batch=MICRO, noise_scale=scale)
 
     best = max(worth(found, k) for k in range(1, 6))
     assert best >= worth(batch, workers) - 1e-9  # no whole batch is better
     near = max(worth(b, k) for k in range(1, 6) for b in (math.floor(found), math.ceil(found)))
     assert near == pytest.approx(worth(batch, workers), abs=1e-2)
-    chosen = policy.best_workers(steps, batch, workers_now=1)
+    chosen = policy.best_workers(steps, batch, workers_now=1, micro_batch=MICRO)
     assert worth(batch, chosen) >= worth(batch, workers) - 1e-9
 
 
@@ -87,15 +88,17 @@ def test_the_batch_and_the_workers_are_those_that_brute_force_finds(steps, scale
 def test_cost_never_asks_for_a_larger_batch_nor_more_workers_than_time(steps, scale, weights, now) -> None:
     dear, cheap = (goodput(weight) for weight in sorted(weights, reverse=True))
     slack = 1 + 1e-9
-    batches = [p.best_batch(steps, scale, workers_now=now) for p in (dear, cheap)]
+    batches = [p.best_batch(steps, scale, workers_now=now, micro_batch=MICRO) for p in (dear, cheap)]
     assert batches[0] <= batches[1] * slack
     for batch in (8, 64, 500, 4096):
-        assert dear.best_workers(steps, batch, workers_now=now) <= cheap.best_workers(steps, batch, workers_now=now)
+        assert dear.best_workers(steps, batch, workers_now=now, micro_batch=MICRO) <= cheap.best_workers(
+            steps, batch, workers_now=now, micro_batch=MICRO
+        )
 
 
 @given(steps=models, many=st.lists(scales, min_size=2, max_size=6), weight=st.floats(0, 1))
 def test_a_larger_noise_scale_never_asks_for_a_smaller_batch(steps, many, weight) -> None:
-    wished = [goodput(weight).best_batch(steps, scale, workers_now=2) for scale in sorted(many)]
+    wished = [goodput(weight).best_batch(steps, scale, workers_now=2, micro_batch=MICRO) for scale in sorted(many)]
     assert all(a <= b * (1 + 1e-9) for a, b in pairwise(wished))
 
 
@@ -103,8 +106,10 @@ def test_a_larger_noise_scale_never_asks_for_a_smaller_batch(steps, many, weight
 def test_on_a_fleet_that_stays_time_and_cost_choose_the_same_batch(steps, scale) -> None:
     for elsewhere in (None, (6, 8)):  # a launcher's fleet is outside the limits, and not ours to change
         time, cost = (goodput(weight, workers=elsewhere) for weight in (0.0, 1.0))
-        assert time.best_batch(steps, scale, workers_now=4) == cost.best_batch(steps, scale, workers_now=4)
-        assert cost.best_workers(steps, 64, workers_now=4) == 4
+        assert time.best_batch(steps, scale, workers_now=4, micro_batch=MICRO) == cost.best_batch(
+            steps, scale, workers_now=4, micro_batch=MICRO
+        )
+        assert cost.best_workers(steps, 64, workers_now=4, micro_batch=MICRO) == 4
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
@@ -244,6 +249,62 @@ def test_a_resize_that_costs_more_than_the_rest_of_the_run_gains_is_not_asked_fo
     assert ask(1.0, world_size=4, once=lambda _: 0.1, resize_when="never") == []
     found = ask(1.0, world_size=4, once=lambda _: 0.1, resize_cost_s=1e9, resize_when="always")
     assert [n for _, n in found] == [1]
+
+
+def timed(*layouts: tuple[int, int], once_s: float, sample_s: float) -> Timings:
+    """Ten steps of each (workers, samples of the busiest)."""
+    timings = Timings()
+    for workers, samples in layouts * 10:
+        timings = note(timings, once_s + sample_s * samples, workers=workers, busiest_samples=samples)
+    return timings
+
+
+@pytest.mark.parametrize(
+    ("sections", "rejected", "computed"),
+    [
+        ({}, None, 16),
+        ({"optimizer": {"name": "vr_sgd", "part_samples": 2}}, None, 2),
+        ({"measure": {"estimator": "split"}}, None, 8),
+        ({}, 4, 4),
+        ({"measure": {"estimator": "split"}}, 4, 4),
+    ],
+    ids=["whole", "parts", "halves", "out of memory", "halves out of memory"],
+)
+def test_the_batch_is_shared_out_by_what_a_worker_really_computes_at_once(sections, rejected, computed) -> None:
+    """On four workers a batch up to four times that takes no longer than a quarter of it."""
+    controls = {"policy": "goodput", "max_growth": 1000.0, "deadband": 1.0, "cooldown_samples": 0}
+    batch = {"initial": 8, "micro_batch": 16, "max": 256}
+    settled = rules_from(config("runs", batch=batch, controller=controls, **sections), dataset_size=10**6)
+    state = controller.init(settled, world_size=4)
+    if rejected is not None:
+        state, _ = advance(state, PlanRejected(max_micro_batch=rejected), settled)
+    timings = timed((4, 16), (4, 64), once_s=0.001, sample_s=0.001)
+    state = replace(state, samples_seen=1024, loss_sum=1.0, loss_samples=1, timings=timings)
+    stats = NoiseStats(verdict=Verdict.MEASURED, noise_scale=30.0, low=30.0, high=30.0)
+    _, action = controller.decide(state, stats=stats, lr=0.1, rules=settled)
+
+    def seconds(batch: int) -> float:
+        return 0.001 + 0.001 * max(min(batch, computed), batch / 4)
+
+    best = max(range(8, 257), key=lambda b: b / seconds(b) / (30 + b))
+    assert isinstance(action, ApplyPlan)
+    assert action.target.batch == pytest.approx(best, abs=1)
+    assert max(s for r in range(4) for _, s in action.plan.spans(r)) <= computed
+
+
+@pytest.mark.parametrize(
+    ("rejected", "split", "asked"), [(None, False, [1]), (None, True, [2]), (4, False, []), (4, True, [])]
+)
+def test_the_workers_are_asked_for_by_what_one_really_computes_at_once(rejected, split, asked) -> None:
+    """A batch of 16 on four workers: in one micro-batch it is one worker's, in halves two workers', in fours all's."""
+    more = {"total_samples": 10**6, "base_batch": 16, "micro_batch": 16, "measurable": False, "split": split}
+    settled = lively(**(LIMITS | {"resize_when": "always"} | more))
+    state = controller.init(settled, world_size=4)
+    if rejected is not None:
+        state, _ = advance(state, PlanRejected(max_micro_batch=rejected), settled)
+    state = replace(state, timings=timed((1, 8), (1, 16), (4, 4), once_s=0.05, sample_s=0.001))
+    _, action = advance(state, measured(0, 16, 16), settled)
+    assert [n for _, n in requests([action])] == asked
 
 
 def test_a_replay_of_a_runs_folder_decides_as_the_run_did_by_a_real_clock(tmp_path: Path) -> None:
