@@ -85,7 +85,7 @@ class Session:
         self.finished = False
         self._collective = self.worker.collective
         _check_same_length(len(dataset), self._collective)
-        rules = rules_from(config, dataset_size=len(dataset))
+        rules = rules_from(config, dataset_size=len(dataset), workers_stay=self.worker.workers_stay)
         self._state = RunState(rules, ramp_samples=config.lr_rule.ramp_samples)
         self._replica = Replica(
             model,

@@ -203,7 +203,8 @@ class ControllerSection(Section):
     objective: Annotated[str | float, BeforeValidator(_objective)] | None = Field(
         default_factory=lambda given: "time" if given.get("policy") == "goodput" else None,
         description="[name or fraction] policy goodput: time for the shortest run, cost for the fewest worker-hours, "
-        "or a number from 0 (time) to 1 (cost) between them",
+        "or a number from 0 (time) to 1 (cost) between them; under torchrun and local the workers stay, and all of "
+        "these choose the same batch",
     )
     theta: float | None = Field(
         default_factory=default_of({}),

@@ -70,10 +70,11 @@ def decode_state(text: str) -> ControllerState:
 
 @final
 class LocalBrain:
-    """``orchestrator.ports.Brain`` by calling ``advance`` at once."""
+    """``orchestrator.ports.Brain`` by calling ``advance`` at once; ``workers_stay`` as in ``rules_from``."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, workers_stay: bool = False) -> None:
         self._config = config
+        self._workers_stay = workers_stay
         self._state: ControllerState | None = None
         self._rules: Rules | None = None
         self._answers: dict[int, Action] = {}
@@ -81,7 +82,7 @@ class LocalBrain:
         self._save: str | None = None
 
     def begin(self, record: BrainRecord, *, world_size: int, dataset_size: int, resize_cost_s: float | None) -> Welcome:
-        self._rules = rules_from(self._config, dataset_size=dataset_size)
+        self._rules = rules_from(self._config, dataset_size=dataset_size, workers_stay=self._workers_stay)
         if record.state is None:
             self._state = controller.init(self._rules, world_size=world_size)
             reason = "the run begins"

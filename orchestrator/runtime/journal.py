@@ -246,6 +246,7 @@ class Journal:
             samples_seen=samples_seen,
             checkpoint=None if checkpoint is None else str(checkpoint),
             runtime=self._worker.runtime,
+            workers_stay=self._worker.workers_stay,
             device=str(self._worker.device),
             world_size=plan.world_size,
             global_batch=plan.batch,

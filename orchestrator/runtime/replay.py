@@ -52,12 +52,16 @@ def recomputed(run: Path) -> list[Decided]:
     if started is None:
         raise RunFolderError(f"{run / folder.EVENTS} does not say how the run started; it is not a whole run")
     config = load_config(run / folder.CONFIG)
+    attempts = _attempts(run)
     rules = rules_from(config, dataset_size=started["dataset_size"])
     estimator = find_estimator(config.measure.estimator)
     state = controller.init(rules, world_size=started["world_size"])
     causes = events_of(run, "plan_rejected", "branches")
     decided = []
     for row in folder.surviving(run / folder.METRICS):
+        while attempts and attempts[0][0] <= row["step"]:
+            stay = attempts.pop(0)[1]
+            rules = rules_from(config, dataset_size=started["dataset_size"], workers_stay=stay)
         if row["world_size"] != state.world_size:
             state, _ = controller.advance(state, WorkersChanged(world_size=row["world_size"]), rules)
         while causes and causes[0]["step"] <= row["step"]:
@@ -66,6 +70,19 @@ def recomputed(run: Path) -> list[Decided]:
         if isinstance(action, (ApplyPlan, Keep)) and (target := decided_batch(action)) is not None:
             decided.append(Decided(samples_seen=row["samples_seen"], target_batch=target, reason=action.reason))
     return decided
+
+
+def _attempts(run: Path) -> list[tuple[int, bool]]:
+    """``(first step, whether its workers stay)`` of the attempts that the run's steps are of, in order.
+
+    Each may have had a runtime of its own. Those that did not write it down were decided as if workers came and went.
+    """
+    found: list[tuple[int, bool]] = []
+    for row in folder.rows(run / folder.EVENTS):
+        if row["kind"] in ("started", "resumed"):
+            found = [attempt for attempt in found if attempt[0] < row["step"]]
+            found.append((row["step"], row.get("workers_stay", False)))
+    return found
 
 
 def measured(row: Mapping[str, Any], estimator: Estimator) -> GradMeasured:

@@ -24,9 +24,12 @@ def total_samples(config: RunConfig, *, dataset_size: int) -> int:
     return config.train.epochs * dataset_size
 
 
-def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
-    """Raises ``TaskError`` when the data set is smaller than the batch the run begins with, and ``ConfigError`` for a
-    schedule or a policy that does not fit the run."""
+def rules_from(config: RunConfig, *, dataset_size: int, workers_stay: bool = False) -> Rules:
+    """``workers_stay`` where the runtime cannot change the fleet, so that no batch is chosen for another one.
+
+    Raises ``TaskError`` when the data set is smaller than the batch the run begins with, and ``ConfigError`` for a
+    schedule or a policy that does not fit the run.
+    """
     batch, control = config.batch, config.controller
     if dataset_size < batch.initial:
         raise TaskError(
@@ -34,7 +37,7 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
             f"a sample twice; set batch.initial to {dataset_size} or less, or bring more data"
         )
     act, estimator = control.mode == "act", find_estimator(config.measure.estimator)
-    settings = policy_settings(config, dataset_size=dataset_size)
+    settings = policy_settings(config, dataset_size=dataset_size, workers_stay=workers_stay)
     try:
         policy = build_policy(settings)
     except ValueError as error:
@@ -62,9 +65,10 @@ def rules_from(config: RunConfig, *, dataset_size: int) -> Rules:
     )
 
 
-def policy_settings(config: RunConfig, *, dataset_size: int) -> PolicySettings:
-    """The config's words on the target batch, its limits fitted to the data set."""
+def policy_settings(config: RunConfig, *, dataset_size: int, workers_stay: bool = False) -> PolicySettings:
+    """The config's words on the target batch, its limits fitted to the data set; ``workers_stay`` as above."""
     batch, control = config.batch, config.controller
+    workers_stay = workers_stay or config.workers.when == "never"
     return PolicySettings(
         name=control.policy,
         kappa=control.kappa,
@@ -77,7 +81,7 @@ def policy_settings(config: RunConfig, *, dataset_size: int) -> PolicySettings:
         accuracy=control.accuracy,
         dataset_size=dataset_size,
         cost_weight=control.cost_weight,
-        workers=None if config.workers.when == "never" else _worker_limits(config),
+        workers=None if workers_stay else _worker_limits(config),
         theta=control.theta,
         ramp=tuple(control.ramp or ()),
         base_batch=batch.initial,

@@ -50,6 +50,11 @@ class Worker:
     def world_size(self) -> int:
         return self.collective.world_size
 
+    @property
+    def workers_stay(self) -> bool:
+        """Whether the fleet is what it is: only under Ray can workers come and go."""
+        return self.runtime != "ray"
+
 
 def local_worker(config: RunConfig, *, device: torch.device | None = None) -> Worker:
     """The worker of this process: one of a ``torch.distributed`` group if that is initialised, else alone."""
@@ -59,6 +64,6 @@ def local_worker(config: RunConfig, *, device: torch.device | None = None) -> Wo
     return Worker(
         collective=collective,
         device=device,
-        brain=LocalBrain(config) if collective.rank == 0 else None,
+        brain=LocalBrain(config, workers_stay=True) if collective.rank == 0 else None,
         runtime="torchrun" if dist.is_initialized() else "local",
     )
