@@ -183,6 +183,13 @@ class ScheduleSection(Section):
         refuse(broken)
         return self
 
+    @property
+    def lowest_fraction(self) -> float | None:
+        """Of the peak, what a built-in schedule has fallen to at its end; ``None`` for one that is imported."""
+        if self.gamma is not None and self.milestones_samples is not None:
+            return float(self.gamma ** len(self.milestones_samples))
+        return 1.0 if self.name == "constant" else self.final_fraction
+
     def settings(self) -> dict[str, Any]:
         """The schedule's name and every key that belongs to it."""
         return given_keys(self)

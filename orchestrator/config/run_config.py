@@ -6,6 +6,7 @@ is one example, a *step* one optimizer step. ``None`` (``null``) means that a ke
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -23,6 +24,7 @@ from orchestrator.config.training import EvaluationSection, RunSection, TaskSect
 from orchestrator.core.branching import FEWEST_STEPS
 from orchestrator.core.companions import IN_SAMPLES, RESCALED_OPTIMIZERS, SDE_OPTIMIZERS, largest_batch
 from orchestrator.core.families import FAMILIES, PRECONDITIONED_OPTIMIZERS
+from orchestrator.core.policy_inputs import whole
 
 
 class RunConfig(Section):
@@ -242,11 +244,8 @@ class RunConfig(Section):
             )
             fix = "write controller.policy: schedule with a ramp, and an lr_rule that suits the optimizer"
             broken.append(Broken(keys=(policy, "optimizer.name"), value="decay_to_growth", rule=rule, fix=fix))
-        if self.lr_rule.name not in ("auto", "constant"):
-            rule = (
-                "it would raise the learning rate as the batch grows, and decay_to_growth grows the batch in order to "
-                "lower it: they cancel"
-            )
+        if self.lr_rule.name != "auto":
+            rule = "decay_to_growth exchanges LR and batch by a rule of its own, and would not use this one"
             fix = "write lr_rule.name: auto, or another controller.policy"
             broken.append(Broken(keys=("lr_rule.name", policy), value=self.lr_rule.name, rule=rule, fix=fix))
         flat = schedule.name == "constant" or schedule.final_fraction == 1 or (schedule.gamma or 0) >= 1
@@ -255,7 +254,28 @@ class RunConfig(Section):
             fix = "write schedule.name: cosine, or step with milestones_samples and a gamma below 1"
             keys = ("schedule.name", "schedule.final_fraction", "schedule.gamma", policy)
             broken.append(Broken(keys=keys, value=schedule.name, rule=rule, fix=fix))
+        else:
+            broken += self._deadband_rules()
         return broken
+
+    def _deadband_rules(self) -> list[Broken]:
+        """A schedule of our own that ends so high that not even the largest growth it asks for is outside the band."""
+        schedule, initial = self.schedule, self.batch.initial
+        if not (lowest := schedule.lowest_fraction):
+            return []
+        key = "schedule.gamma" if schedule.name == "step" else "schedule.final_fraction"
+        deadband, largest = self.controller.deadband, whole(initial / lowest)
+        if largest >= min(self.batch.max, deadband * initial) and largest > initial:
+            return []
+        rule = (
+            f"the schedule falls to {lowest:.4g} of its peak, for which the batch would grow from {initial} to "
+            f"{largest} at most, and nearer than the dead-band nothing changes"
+        )
+        fix = f"lower {key}"
+        if largest > initial:
+            fix = f"write {math.floor(1000 * largest / initial) / 1000:g} or less, or {fix}"
+        keys = ("controller.deadband", key, "controller.policy")
+        return [Broken(keys=keys, value=deadband, rule=rule, fix=fix)]
 
     def _time_rules(self) -> list[Broken]:
         """What a policy that goes by step times cannot go with."""

@@ -339,11 +339,41 @@ CASES = [
     Case("policy without its ramp", "controller: {policy: schedule}", "controller.ramp", "", "write ramp: [["),
     added("kappa for a planned decay", "controller.kappa", "2.0", "noise_scale", beside="policy: decay_to_growth"),
     Case(
-        "a rule that cancels growth",
+        "a rule beside the exchange's own",
         "schedule: {name: cosine}\ncontroller: {policy: decay_to_growth}\nlr_rule: {name: linear}",
         "lr_rule.name",
         "linear",
-        "they cancel",
+        "write lr_rule.name: auto",
+    ),
+    Case(
+        "no rule beside the exchange's own",
+        "schedule: {name: cosine}\ncontroller: {policy: decay_to_growth}\nlr_rule: {name: constant}",
+        "lr_rule.name",
+        "constant",
+        "would not use this one",
+    ),
+    Case(
+        "a decay within the dead-band",
+        "schedule: {name: cosine, final_fraction: 0.7}\ncontroller: {policy: decay_to_growth}",
+        "controller.deadband",
+        "1.5",
+        "from 32 to 46 at most, and nearer than the dead-band nothing changes\nwrite 1.437 or less, or lower "
+        "schedule.final_fraction",
+    ),
+    Case(
+        "milestones within the dead-band",
+        "schedule: {name: step, milestones_samples: [9, 99], gamma: 0.9}\n"
+        "controller: {policy: decay_to_growth, deadband: 1.3}",
+        "controller.deadband",
+        "1.3",
+        "write 1.25 or less, or lower schedule.gamma",
+    ),
+    Case(
+        "a decay by less than a sample",
+        "schedule: {name: linear, final_fraction: 0.99}\ncontroller: {policy: decay_to_growth, deadband: 1.0}",
+        "controller.deadband",
+        "1.0",
+        "from 32 to 32 at most",
     ),
     Case(
         "growth from an unknown family",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from orchestrator.config import RunConfig
 from orchestrator.config.optimization import OPTIMIZER_KEYS
@@ -63,12 +64,9 @@ def test_known_answers_of_the_papers(optimizer, lr, initial, gamma, batch, expec
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZER_KEYS))
-@pytest.mark.parametrize("rule", ["auto", "constant"])
-def test_noise_follows_the_decayed_baseline_whatever_the_batch(optimizer, rule) -> None:
+def test_noise_follows_the_decayed_baseline_whatever_the_batch(optimizer) -> None:
     """LR / batch for sgd and its kin, LR / sqrt(batch) for adam and its: as if the batch had stayed."""
-    settled = rules_from(
-        run_config(optimizer, schedule={"name": "cosine"}, lr_rule={"name": rule}), dataset_size=50_000
-    )
+    settled = rules_from(run_config(optimizer, schedule={"name": "cosine"}), dataset_size=50_000)
     power, base = 1.0 if optimizer in ("sgd", "lars", "clars", "vr_sgd") else 0.5, 128
     for seen in (0, 1, 49_999, 70_000, 99_999):
         for batch in (1, 100, 128, 129, 640, 10**6):
@@ -103,6 +101,36 @@ def test_the_dead_band_restrains_it_and_neither_cap_nor_cooldown_does(fraction, 
         stats=SILENT, batch=batch, samples_seen=9, last_change_samples=8, lr_fraction=fraction, peak_lr_fraction=1.0
     )
     assert build_policy(settings)(inputs).target_batch == expected
+
+
+@pytest.mark.parametrize("most", [10_000, 160])
+@pytest.mark.parametrize("deadband", [1.0, 1.2, 1.3, 1.5])
+@pytest.mark.parametrize(
+    ("schedule", "lowest"),
+    [
+        ({"name": "cosine", "final_fraction": 0.7}, 0.7),
+        ({"name": "linear", "final_fraction": 0.8}, 0.8),
+        ({"name": "wsd", "decay_samples": 50_000, "final_fraction": 0.998}, 0.998),
+        ({"name": "one_cycle", "warmup_samples": 9000, "final_fraction": 0.75}, 0.75),
+        ({"name": "step", "milestones_samples": [20_000, 40_000], "gamma": 0.9}, 0.81),
+    ],
+    ids=lambda each: each["name"] if isinstance(each, dict) else "",
+)
+def test_a_dead_band_is_refused_exactly_where_a_whole_run_would_never_leave_it(
+    schedule, lowest, deadband, most
+) -> None:
+    """The controller itself is the oracle: on every step of the run it decides, with the policy the config asks for."""
+    settings = PolicySettings(name="decay_to_growth", base_batch=128, floor=128, ceiling=most, deadband=deadband)
+    curve = build_schedule(ScheduleSettings(**schedule), total_samples=100_000)
+    policy = build_policy(settings)
+    run = drive(rules(total_samples=100_000, base_batch=128, every_samples=128, policy=policy, schedule=curve), level)
+    asked = {"deadband": deadband, "policy": "decay_to_growth"}
+    batch = {"initial": 128, "micro_batch": 32, "max": most}
+    if run.largest > 128:
+        run_config(schedule=schedule, controller=asked, batch=batch)
+    else:
+        with pytest.raises(ValidationError, match=rf"the schedule falls to {lowest:.4g}"):
+            run_config(schedule=schedule, controller=asked, batch=batch)
 
 
 TOTAL, BASE = 80_000, 20
