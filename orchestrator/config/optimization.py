@@ -228,8 +228,8 @@ class LrRuleSection(Section):
     )
     in_samples: Annotated[tuple[Memory, ...], Field(strict=False)] = Field(
         default=(),
-        description="[list of names, samples] what keeps its meaning per sample at any batch: momentum (sgd, lars), "
-        "betas (adam, adamw, lamb, lans), weight_decay (adamw)",
+        description="[list of names, samples] what keeps its meaning per sample at any batch: momentum (sgd, lars, "
+        "clars), betas (adam, adamw, lamb, lans), weight_decay (adamw, vr_adam)",
     )
     second_moment: Literal["keep", "rescale"] = Field(
         default="keep",

@@ -15,9 +15,9 @@ from typing import Any, Literal
 Memory = Literal["momentum", "betas", "weight_decay"]
 
 IN_SAMPLES: Mapping[Memory, tuple[str, ...]] = {  # the optimizers for which each is defined
-    "momentum": ("sgd", "lars"),
+    "momentum": ("sgd", "lars", "clars"),
     "betas": ("adam", "adamw", "lamb", "lans"),
-    "weight_decay": ("adamw",),
+    "weight_decay": ("adamw", "vr_adam"),
 }
 SDE_OPTIMIZERS = ("adam", "adamw")
 RESCALED_OPTIMIZERS = ("adam", "adamw", "lamb")
@@ -54,16 +54,16 @@ class Companions:
     ``momentum`` in samples: m -> m^ratio. The rate at which weights move in the long run is lr / (1 - m), and it is
     this rate that the rule means, so lr is multiplied by (1 - m^ratio) / (1 - m) besides (Smith and Le 2018,
     arXiv:1710.06451, write the noise by the same lr / (1 - m)). SGD's buffer, which holds about 1 / (1 - m) gradients,
-    is restated at a jump. Where lr is part of the buffer, as in LARS, it goes on at the old rate and adapts by itself.
-    Derived here from the sum of the geometric series; the step-by-step likeness to the smaller batch is a limit,
-    ratio (1 - m) << 1: at momentum 0.9 and ratio 8 the memory is two steps long and the likeness gone.
+    is restated at a jump. Where lr is part of the buffer, as in LARS and CLARS, it goes on at the old rate and adapts
+    by itself. Derived here from the sum of the geometric series; the step-by-step likeness to the smaller batch is a
+    limit, ratio (1 - m) << 1: at momentum 0.9 and ratio 8 the memory is two steps long and the likeness gone.
 
     ``betas`` in samples: beta -> beta^ratio, for both: the same half-life in samples at any ratio, with no limit on it.
     With the rule ``sqrt`` this is the rule ``sde`` to first order in ratio (1 - beta), but for eps.
 
-    ``weight_decay`` in samples, for decay apart from the gradient (AdamW): weights shrink by lr decay each step, so by
-    lr decay / batch each sample; that is constant when decay -> decay ratio / (factor of the rule), which is 1 under
-    ``linear`` and sqrt(ratio) under ``sqrt``. A schedule goes on to act on it, as it does at a fixed batch.
+    ``weight_decay`` in samples, for decay apart from the gradient (AdamW, VR-Adam): weights shrink by lr decay each
+    step, so by lr decay / batch each sample; that is constant when decay -> decay ratio / (factor of the rule), which
+    is 1 under ``linear`` and sqrt(ratio) under ``sqrt``. A schedule goes on to act on it, as it does at a fixed batch.
 
     ``sde``: the square-root rule of Malladi et al. 2022, arXiv:2205.10287: lr x sqrt(ratio), 1 - beta -> ratio
     (1 - beta), eps -> eps / sqrt(ratio). A beta of 0 has no memory to shorten and stays 0, which is the rule for
@@ -83,7 +83,7 @@ class Companions:
     in_samples: frozenset[str] = frozenset()
     sde: bool = False
     rescale_second_moment: bool = False
-    lr_in_buffer: bool = False  # the momentum buffer is in units of the weights, as that of LARS
+    lr_in_buffer: bool = False  # the momentum buffer is in units of the weights, as that of LARS and CLARS
 
     def settings(self, base: Mapping[str, Any], scale: StepScale) -> dict[str, Any]:
         """A parameter group's settings for a step: those of ``base`` that follow the batch, ``lr`` among them."""

@@ -148,5 +148,5 @@ def companions_from(config: RunConfig) -> Companions:
         in_samples=frozenset(rule.in_samples),
         sde=rule.name == "sde",
         rescale_second_moment=rule.second_moment == "rescale",
-        lr_in_buffer=config.optimizer.name == "lars",
+        lr_in_buffer=config.optimizer.name in ("lars", "clars"),
     )

@@ -23,9 +23,11 @@ from orchestrator.core.companions import (
 )
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.errors import ConfigError
-from orchestrator.optim import LAMB, LANS, LARS
+from orchestrator.optim import CLARS, LAMB, LANS, LARS, VRAdam
 from orchestrator.runtime.collective import Solo
+from orchestrator.runtime.rules import companions_from
 from orchestrator.runtime.update import WeightUpdate
+from tests.support import config
 
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
@@ -34,6 +36,7 @@ BETAS = Companions(in_samples=frozenset({"betas"}))
 DECAY = Companions(in_samples=frozenset({"weight_decay"}))
 SDE = Companions(sde=True)
 RESCALE = Companions(rescale_second_moment=True)
+PARTS = {"part_samples": 8}
 
 ratios = st.floats(1 / 32, 9.5)
 
@@ -126,7 +129,9 @@ def moved(
         if ratio != old and jump:
             update.carry_over(Jump(old_batch=round(32 * old), new_batch=round(32 * ratio)))
         before, old = weight.item(), ratio
-        weight.grad = torch.full_like(weight, gradient)
+        update.begin_step()
+        with update.part(share=1.0, loss_scale=1.0):
+            (gradient * weight).sum().backward()
         update.apply(StepScale(ratio=ratio, rule=ratio))
         found.append(before - weight.item())
     return found
@@ -147,12 +152,38 @@ def test_momentum_in_samples_moves_as_far_per_sample_at_once_after_a_jump(make: 
     assert steps[320:] == pytest.approx([steps[299]] * 20, rel=1e-9)
 
 
-def test_lars_goes_on_at_the_old_rate_and_comes_to_the_new_one() -> None:
-    companions = Companions(in_samples=frozenset({"momentum"}), lr_in_buffer=True)
-    steps = moved(lambda p: LARS(p, lr=0.1, momentum=0.9), companions, ratios=[1.0] * 300 + [4.0] * 100)
+def asked_for(optimizer: str, setting: str, **own: Any) -> Companions:
+    """As a run with this optimizer has them, whose config asks that ``setting`` keeps its meaning per sample."""
+    section = {"name": optimizer, "lr": 0.1, "momentum": None} | own
+    return companions_from(config("runs", optimizer=section, lr_rule={"in_samples": [setting]}))
+
+
+@pytest.mark.parametrize(("name", "make", "own"), [("lars", LARS, {}), ("clars", CLARS, PARTS)])
+def test_lars_and_clars_go_on_at_the_old_rate_and_come_to_the_new_one(name: str, make: Any, own: Any) -> None:
+    companions = asked_for(name, "momentum", **own | {"momentum": 0.9})
+    steps = moved(lambda p: make(p, lr=0.1, momentum=0.9), companions, ratios=[1.0] * 300 + [4.0] * 100)
     old, new = steps[299], 4 * steps[299]
+    kept = 0.9**4
+    assert steps[300] == pytest.approx(kept * old + (1 - kept) * new, rel=1e-9)
     assert all(old < step < new * (1 + 1e-9) for step in steps[300:])
     assert steps[-1] == pytest.approx(new, rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", [2.0, 4.0])
+@pytest.mark.parametrize(("name", "make", "own"), [("adamw", torch.optim.AdamW, {}), ("vr_adam", VRAdam, PARTS)])
+def test_a_decay_apart_from_the_gradient_shrinks_real_weights_alike_per_sample(
+    name: str, make: Any, own: Any, rule: float
+) -> None:
+    shrunk = []
+    for scale in (StepScale(), StepScale(ratio=4.0, rule=rule)):
+        weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        update = update_of(make([weight], lr=0.1, weight_decay=0.01), asked_for(name, "weight_decay", **own))
+        update.begin_step()
+        with update.part(share=1.0, loss_scale=1.0):
+            (0.0 * weight).sum().backward()
+        update.apply(scale)
+        shrunk.append(1 - weight.item())
+    assert shrunk == pytest.approx([0.001, 4 * 0.001], rel=1e-9)
 
 
 @pytest.mark.parametrize("companions", [SDE, BETAS], ids=["sde", "in samples"])
@@ -233,7 +264,7 @@ def test_an_optimizer_without_the_setting_is_refused(make: Any, companions: Comp
 def test_the_settings_exist_in_the_optimizers_for_which_they_are_allowed() -> None:
     makes = {
         "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
-        "lars": LARS, "lamb": LAMB, "lans": LANS,
+        "lars": LARS, "lamb": LAMB, "lans": LANS, "clars": CLARS, "vr_adam": VRAdam,
     }  # fmt: skip
     groups = {name: make([nn.Parameter(torch.ones(2, 2))], lr=0.1).param_groups[0] for name, make in makes.items()}
     assert set(IN_SAMPLES) == set(get_args(Memory))
