@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, final
 
@@ -23,10 +24,11 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 
 from orchestrator.errors import CheckpointError
@@ -105,11 +107,16 @@ class CheckpointStore:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = _tree(model_state, optimizer_state, ema)
         try:
+            saved = _saved_names(chosen)
+            _leave_out_unmoved(optimizer_state, saved)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
                 state_dict_loader.load(state, checkpoint_id=chosen, no_dist=self._collective.world_size == 1)
-            _refuse_left_over(chosen, model_state)
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            _refuse_left_over(saved, model_state)
+            set_model_state_dict(model, model_state)
+            # Not strict: parameters may be without a state, and what else is missing has been refused.
+            options = StateDictOptions(strict=False)
+            set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
         except (Exception, CheckpointException) as error:  # DCP raises several kinds, none of them narrow
             raise CheckpointError(
                 f"checkpoint {chosen} does not fit this model and optimizer: {_cause(error)}; resume with "
@@ -188,7 +195,7 @@ def load_weights(folder: Path, model: nn.Module) -> tuple[Path, tuple[Fault, ...
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
             state_dict_loader.load({"model": model_state}, checkpoint_id=chosen, no_dist=True)
-        _refuse_left_over(chosen, model_state)
+        _refuse_left_over(_saved_names(chosen), model_state)
         set_model_state_dict(model, model_state)
     except (Exception, CheckpointException) as error:  # DCP raises several kinds, none of them narrow
         raise CheckpointError(
@@ -250,9 +257,27 @@ def _choose_within(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
     return _choose(inside if inside.is_dir() else folder)
 
 
-def _refuse_left_over(path: Path, model_state: Mapping[str, Any]) -> None:
+def _saved_names(path: Path) -> list[str]:
+    """What the checkpoint holds, such as ``optimizer.state.0.weight.exp_avg``."""
+    return list(FileSystemReader(path).read_metadata().state_dict_metadata)
+
+
+def _leave_out_unmoved(optimizer_state: Any, saved: Iterable[str]) -> None:
+    """Take out of ``optimizer_state``, the template to load into, the parameters whose state was not there to save.
+
+    A parameter that had no gradient in any step has no state yet, and torch makes one up for it in a template. Where
+    nothing fits, the checkpoint is of another optimizer: all stays, and DCP says what it misses.
+    """
+    template: dict[str, Any] = optimizer_state["state"]
+    known = {prefix for name in saved for prefix in accumulate(name.split("."), "{}.{}".format)}
+    unmoved = [parameter for parameter in template if f"optimizer.state.{parameter}" not in known]
+    if len(unmoved) < len(template):
+        for parameter in unmoved:
+            del template[parameter]
+
+
+def _refuse_left_over(saved: Iterable[str], model_state: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for tensors of the model that were saved and have no place now; DCP leaves them out."""
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
     names = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
     left_over = sorted(names - model_state.keys())
     if left_over:

@@ -118,6 +118,19 @@ def test_a_folder_without_checkpoints_loads_nothing_and_changes_nothing(tmp_path
     assert_same(everything(model, optimizer), before)
 
 
+@pytest.mark.parametrize(("wrote", "loads"), [("sgd", "momentum"), ("adam", "momentum"), ("momentum", "lars")])
+def test_another_optimizers_checkpoint_is_refused_though_parameters_may_be_without_a_state(
+    tmp_path: Path, wrote: str, loads: str
+) -> None:
+    model, optimizer = pair(OPTIMIZERS[wrote])
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)  # in no step so far
+    train(model, optimizer)
+    store(tmp_path).save(model, optimizer, step=3, meta={})
+    with pytest.raises(CheckpointError, match=r"does not fit this model and optimizer.*Missing key.*optimizer\."):
+        store(tmp_path).load_latest(*pair(OPTIMIZERS[loads]))
+
+
 # Kept
 
 
