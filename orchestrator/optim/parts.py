@@ -89,7 +89,8 @@ class PartsOptimizer(torch.optim.Optimizer):
 
     def _of_nothing(self) -> Mapping[Tensor, Tensor]:
         # torch.distributed.checkpoint fills the state of a new optimizer by a step with gradients of zero and a rate
-        # of zero. Nothing is asked of such a step: whatever the parts were, it must leave all as it is.
+        # of zero, to see of what it is made. Whatever the parts were, the weights stay as they are; decay and counts go
+        # into the state, which is thrown away or overwritten by what is loaded.
         moved = self._with_gradient()
         if any(bool(p.grad.any()) for p in moved if p.grad is not None):
             raise RuntimeError(

@@ -37,6 +37,7 @@ from orchestrator.ports import Collective
 _NAME = re.compile(r"step-(\d{9})")
 _MANIFEST = "manifest.json"
 _META = "meta.json"
+_UNMOVED = "unmoved"  # beside an optimizer's state: no step has made one yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +131,14 @@ class CheckpointStore:
     def _write_tensors(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, ema: Mapping[str, Tensor] | None
     ) -> str | None:
-        fresh = not optimizer.state
+        optimizer_state: Any
+        unmoved = not optimizer.state
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        if fresh:
-            # It was filled by a step with gradients of zero, which Adam counted and corrects its averages by.
-            for state in optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"].zero_()
+        if unmoved and optimizer_state["state"]:
+            # torch filled it by a step with gradients of zero, which counts, and takes the decay of the weights for a
+            # gradient. Nothing of it belongs to the run, here or in what is saved.
+            optimizer.state.clear()
+            optimizer_state = {**optimizer_state, "state": {}, _UNMOVED: True}
         problem = None
         try:
             with warnings.catch_warnings():
@@ -266,12 +268,12 @@ def _leave_out_unmoved(optimizer_state: Any, saved: Iterable[str]) -> None:
     """Take out of ``optimizer_state``, the template to load into, the parameters whose state was not there to save.
 
     A parameter that had no gradient in any step has no state yet, and torch makes one up for it in a template. Where
-    nothing fits, the checkpoint is of another optimizer: all stays, and DCP says what it misses.
+    nothing fits, and steps were taken, the checkpoint is of another optimizer: all stays, and DCP says what it misses.
     """
     template: dict[str, Any] = optimizer_state["state"]
     known = {prefix for name in saved for prefix in accumulate(name.split("."), "{}.{}".format)}
     unmoved = [parameter for parameter in template if f"optimizer.state.{parameter}" not in known]
-    if len(unmoved) < len(template):
+    if len(unmoved) < len(template) or f"optimizer.{_UNMOVED}" in known:
         for parameter in unmoved:
             del template[parameter]
 

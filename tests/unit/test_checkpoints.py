@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import CheckpointError
-from orchestrator.optim import LAMB, LANS, LARS
+from orchestrator.optim import LAMB, LANS, LARS, VRSGD, PartsOptimizer, VRAdam
 from orchestrator.runtime import checkpoints
 from orchestrator.runtime.checkpoints import CheckpointStore, verify
 from orchestrator.runtime.collective import Solo
@@ -32,6 +32,13 @@ OPTIMIZERS: dict[str, Make] = {
     "lamb": lambda p: LAMB(p, lr=0.01),
     "lans": lambda p: LANS(p, lr=0.01),
     "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "momentum decay": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "dampened decay": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    "adam decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "adamw decay": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "lars decay": lambda p: LARS(p, lr=0.1, weight_decay=0.1),
+    "vr_sgd decay": lambda p: VRSGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "vr_adam decay": lambda p: VRAdam(p, lr=0.01, weight_decay=0.1),
 }
 
 
@@ -43,6 +50,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     for _ in range(3):
         model(torch.randn(8, 20, generator=generator)).square().mean().backward()
+        if isinstance(optimizer, PartsOptimizer):  # the batch is one part
+            gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
+            optimizer.take_parts({p: optimizer.of_part(gradient) for p, gradient in gradients.items()})
         optimizer.step()
         optimizer.zero_grad()
 
@@ -102,8 +112,10 @@ def test_what_is_saved_before_the_first_step_trains_on_as_if_nothing_had_been(tm
 
     fresh, fresh_optimizer = pair(make)
     store(tmp_path).save(fresh, fresh_optimizer, step=0, meta={})
+    assert not fresh_optimizer.state
     other, other_optimizer = pair(make, seed=9)
     store(tmp_path).load_latest(other, other_optimizer)
+    assert not other_optimizer.state
     for trained, trained_optimizer in ((fresh, fresh_optimizer), (other, other_optimizer)):
         train(trained, trained_optimizer)
         assert_same(everything(trained, trained_optimizer), everything(model, optimizer))
@@ -129,6 +141,12 @@ def test_another_optimizers_checkpoint_is_refused_though_parameters_may_be_witho
     store(tmp_path).save(model, optimizer, step=3, meta={})
     with pytest.raises(CheckpointError, match=r"does not fit this model and optimizer.*Missing key.*optimizer\."):
         store(tmp_path).load_latest(*pair(OPTIMIZERS[loads]))
+
+
+def test_another_optimizers_checkpoint_from_before_its_first_step_is_refused_too(tmp_path: Path) -> None:
+    store(tmp_path).save(*pair(OPTIMIZERS["adam"]), step=0, meta={})
+    with pytest.raises(CheckpointError, match=r"does not fit this model and optimizer.*Missing key.*param_groups"):
+        store(tmp_path).load_latest(*pair(OPTIMIZERS["momentum"]))
 
 
 # Kept
