@@ -94,8 +94,8 @@ class Companions:
             found["lr"] *= (1 - found["momentum"]) / (1 - base["momentum"])
         if "weight_decay" in self.in_samples:
             found["weight_decay"] = base["weight_decay"] * (ratio / scale.rule)
-        if self._moves_betas:
-            found["betas"] = self._betas(base, ratio)
+        if self.moves_betas:
+            found["betas"] = self.betas(base, ratio)
         if self.sde:
             found["eps"] = base["eps"] / math.sqrt(ratio)
         return found
@@ -104,8 +104,8 @@ class Companions:
         """What the optimizer's state of a group is multiplied by, once, where ``jump`` takes effect: by state key."""
         old, new = jump.old_batch / base_batch, jump.new_batch / base_batch
         found: dict[str, float] = {}
-        if self._moves_betas:
-            before, after = self._betas(base, old)[1], self._betas(base, new)[1]
+        if self.moves_betas:
+            before, after = self.betas(base, old)[1], self.betas(base, new)[1]
             if before > 0 and after > 0:
                 found["step"] = math.log(before) / math.log(after)
         if "momentum" in self.in_samples and not self.lr_in_buffer:
@@ -122,10 +122,11 @@ class Companions:
         return (key for key in sorted(set(needed)) if key not in group)
 
     @property
-    def _moves_betas(self) -> bool:
+    def moves_betas(self) -> bool:
         return self.sde or "betas" in self.in_samples
 
-    def _betas(self, base: Mapping[str, Any], ratio: float) -> tuple[float, ...]:
+    def betas(self, base: Mapping[str, Any], ratio: float) -> tuple[float, ...]:
+        """Where they move: those for a batch of ``ratio`` base batches."""
         at = sde_beta if self.sde else beta_in_samples
         return tuple(at(beta, ratio) for beta in base["betas"])
 

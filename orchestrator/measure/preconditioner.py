@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import final
 
@@ -12,7 +13,8 @@ from orchestrator.errors import SessionError
 
 # The root of an average of n squares has a relative deviation of sqrt(1 / (2 n)), for normal gradients about zero:
 # a tenth at 50. Before that the metric moves so much from step to step that readings in it are not of one quantity.
-SETTLED_STEPS = 50
+SETTLED_STEPS = 50  # at the betas that the optimizer began with
+_ROUNDING = 1e-6  # of a count in float32, once restated at a jump
 
 
 @final
@@ -38,6 +40,7 @@ class AdamPreconditioner:
         self._optimizer = optimizer
         # By number: loading a checkpoint puts other mappings into param_groups, and rules may change the betas.
         self._group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._base_betas = [float(group["betas"][1]) for group in optimizer.param_groups]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def root_times(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -54,9 +57,24 @@ class AdamPreconditioner:
         return root_of_metric.mul_(gradient)
 
     def is_settled(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-        """Whether each of ``parameters`` has been moved ``SETTLED_STEPS`` times: 0-D bool, without waiting for it."""
-        states = [self._optimizer.state.get(parameter) for parameter in parameters]
-        if not all(states):
+        """Whether each of ``parameters`` has been moved often enough: 0-D bool, without waiting for it.
+
+        That is ``SETTLED_STEPS`` times at the betas that the optimizer began with. Where betas follow the batch, the
+        count is restated at a jump so that beta2^t stays what it was; the average is as settled after it as before, so
+        it is beta2^t that must have come down to what it was after that many steps. (Derived here, by no paper.)
+        """
+        counts = [self._steps_at_base(parameter) for parameter in parameters]
+        if not counts or None in counts:
             return torch.tensor(False, device=device)
-        counts = [state["step"].to(device, torch.float64) for state in states if state]
-        return torch.stack(counts).min() >= SETTLED_STEPS if counts else torch.tensor(False, device=device)
+        least = torch.stack([count.to(device) for count in counts if count is not None]).min()
+        return least >= SETTLED_STEPS * (1 - _ROUNDING)
+
+    def _steps_at_base(self, parameter: nn.Parameter) -> Tensor | None:
+        """The t for which base beta2^t is what beta2^step is now, 0-D, float64; ``None`` before the first step."""
+        state = self._optimizer.state.get(parameter)
+        if not state:
+            return None
+        number = self._group_of[id(parameter)]
+        base, now = self._base_betas[number], float(self._optimizer.param_groups[number]["betas"][1])
+        steps: Tensor = state["step"].double()
+        return steps if now == base or min(now, base) <= 0 else steps * (math.log(now) / math.log(base))

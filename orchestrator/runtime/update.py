@@ -118,6 +118,9 @@ class WeightUpdate:
                 for key in factors.keys() & state.keys():
                     if state[key] is not None:  # SGD's buffer before its first step
                         state[key] *= factors[key]
+            if self._companions.moves_betas:
+                # With the count, which is one of steps of these betas: the step to come is read before ``apply``.
+                group["betas"] = self._companions.betas(base, jump.new_batch / self._base_batch)
 
     def discard(self) -> None:
         """Forget the gradients, also those of parameters that the optimizer does not know: they would pile up."""

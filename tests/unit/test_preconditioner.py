@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orchestrator.core.companions import Companions, Jump, StepScale
 from orchestrator.core.noise import moments_from_sums
 from orchestrator.errors import SessionError
 from orchestrator.measure.groups import GroupMeter
 from orchestrator.measure.preconditioner import SETTLED_STEPS, AdamPreconditioner
+from orchestrator.runtime.collective import Solo
+from orchestrator.runtime.update import WeightUpdate
 from orchestrator.session import Session
 from tests.support import blobs, config, mlp
 
@@ -120,6 +123,74 @@ def test_nothing_is_read_before_every_parameter_in_use_is_settled() -> None:
     assert read_after([enough, few], used=2).isnan().all()
     assert read_after([enough, 0], used=2).isnan().all()
     assert read_after([enough, 0], used=1).tolist() == pytest.approx([1.1])
+
+
+class Stepped:
+    """One parameter, Adam, and its metric; its betas follow the batch, which begins at 8."""
+
+    def __init__(self, companions: Companions) -> None:
+        self.parameter = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+        self.optimizer = torch.optim.Adam([self.parameter], lr=1e-3, betas=(0.9, 0.99))
+        self.metric = AdamPreconditioner(self.optimizer)
+        self.update = WeightUpdate(
+            self.optimizer,
+            [self.parameter],
+            scaler=None,
+            max_grad_norm=None,
+            device=torch.device("cpu"),
+            collective=Solo(),
+            base_batch=8,
+            companions=companions,
+        )
+
+    def steps(self, count: int, *, batch: int) -> None:
+        generator = torch.Generator().manual_seed(batch)
+        for _ in range(count):
+            self.parameter.grad = torch.randn(6, generator=generator, dtype=torch.float64)
+            self.update.apply(StepScale(ratio=batch / 8))
+
+    def reading(self) -> list[float]:
+        return self.metric.root_times(torch.ones(6, dtype=torch.float64), self.parameter).tolist()
+
+    def is_settled(self) -> bool:
+        return bool(self.metric.is_settled([self.parameter], torch.device("cpu")))
+
+
+FOLLOWING = {"in samples": Companions(in_samples=frozenset({"betas"})), "sde": Companions(sde=True)}
+
+
+@pytest.mark.parametrize("companions", FOLLOWING.values(), ids=FOLLOWING)
+@pytest.mark.parametrize("taken", [SETTLED_STEPS, 3 * SETTLED_STEPS])
+def test_a_jump_leaves_the_metric_and_its_being_settled_as_they_are(companions: Companions, taken: int) -> None:
+    run = Stepped(companions)
+    run.steps(taken, batch=8)
+    before = run.reading()
+    for old, new in ((8, 64), (64, 16), (16, 8)):  # read in a step before the optimizer moves in it
+        run.update.carry_over(Jump(old_batch=old, new_batch=new))
+        assert run.reading() == pytest.approx(before, rel=1e-5)
+        assert run.is_settled()
+
+
+def test_steps_before_and_after_a_jump_count_by_what_they_forget() -> None:
+    run = Stepped(FOLLOWING["in samples"])
+    run.steps(20, batch=8)
+    run.update.carry_over(Jump(old_batch=8, new_batch=64))
+    run.steps(3, batch=64)
+    assert not run.is_settled()  # 20 + 3 x 8 = 44
+    resumed = Stepped(FOLLOWING["in samples"])
+    resumed.optimizer.load_state_dict(run.optimizer.state_dict())
+    for either in (run, resumed):
+        either.steps(1, batch=64)
+        assert either.is_settled()
+
+
+def test_betas_of_zero_have_their_steps_counted() -> None:
+    run = Stepped(Companions(in_samples=frozenset({"betas"})))
+    run.steps(SETTLED_STEPS - 1, batch=8)
+    run.optimizer.param_groups[0]["betas"] = (0.0, 0.0)  # as a checkpoint may say
+    assert not run.is_settled()
+    run.optimizer.state[run.parameter]["step"] += 1
+    assert run.is_settled()
 
 
 def test_another_optimizer_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
