@@ -92,8 +92,7 @@ class WeightUpdate:
             self.scaler.unscale_(self._optimizer)
         clipped: float | Tensor = 1.0
         if self._max_grad_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.trained, self._max_grad_norm)
-            clipped = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as the line before does
+            clipped = _clip(self.trained, self._max_grad_norm)
         if isinstance(self._optimizer, PartsOptimizer) and self._parts is not None:
             self._collective.sum_tensor(self._parts.totals)
             self._optimizer.take_parts(self._parts.averages, grad_scale=clipped)
@@ -143,6 +142,23 @@ def check_parts(config: RunConfig, optimizer: torch.optim.Optimizer) -> None:
             f"optimizer.part_samples is {part_samples}, and {type(optimizer).__name__} does not ask for the parts of a "
             "batch: remove it, or derive the optimizer from orchestrator.optim.PartsOptimizer"
         )
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale their gradients together, sparse ones too, to a norm of at most ``max_norm``; what they are times now."""
+    sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+    for parameter in sparse:
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.coalesce()  # a row used twice is held in two parts, and their sum counts
+    if not sparse:
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as the line before does
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    values = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+    factor = (max_norm / (nn.utils.get_total_norm(values) + 1e-6)).clamp(max=1.0)
+    for gradient in values:
+        gradient.mul_(factor.to(gradient.device))
+    return factor
 
 
 def _settings(group: dict[str, Any], companions: Companions, number: int) -> dict[str, Any]:

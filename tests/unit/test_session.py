@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import RunFolderError, SessionError
@@ -27,7 +28,7 @@ Rows = list[dict[str, Any]]
 def session_of(settings: RunConfig, *, model: nn.Module | None = None, **more: Any) -> Session:
     model = mlp() if model is None else model
     optimizer = more.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return Session(settings, model=model, optimizer=optimizer, dataset=blobs(), **more)
+    return Session(settings, model=model, optimizer=optimizer, **({"dataset": blobs()} | more))
 
 
 def run(session: Session, *, stop_in_step: int | None = None) -> Session:
@@ -532,6 +533,26 @@ def test_clipping_and_weight_decay_do_not_reach_the_moments(
     at_rest(tmp_path / "plain", 0.0)
     at_rest(tmp_path / "other", weight_decay, train={"samples": 640, **train})
     assert moments(tmp_path / "other") == moments(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 100.0], ids=["reached", "not reached"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_sparse_gradient_is_clipped_as_the_dense_one_that_it_stands_for(
+    tmp_path: Path, max_grad_norm: float, amp: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(12, (256, 5), generator=generator)  # words come twice in a batch, and in a sample
+    data = TensorDataset(words, torch.randint(4, (256,), generator=generator))
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Embedding(12, 8, sparse=sparse), nn.Flatten(), nn.Linear(40, 4))
+        settings = config(tmp_path / str(sparse), train={"samples": 160, "max_grad_norm": max_grad_norm})
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if amp else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        run(session_of(settings, model=model, optimizer=optimizer, dataset=data, grad_scaler=scaler))
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]).tolist())
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
 
 
 def test_clipping_clips_the_sum_and_not_each_micro_batch(tmp_path: Path) -> None:
