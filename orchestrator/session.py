@@ -327,12 +327,25 @@ class Session:
 
         ``loss_of(model, batch)`` is the mean loss of a batch, computed with the plain module it is given. Training goes
         on as if nothing had happened. ``None`` for a model whose loss cannot be differentiated twice: the reason is
-        written down, and ``curvature_due`` is false from then on.
+        written down, and ``curvature_due`` is false from then on. Each call reads other samples. Raises
+        ``SessionError`` within a step, whose own measurement it would spoil.
         """
+        if self.on_branch:
+            raise SessionError("measure_curvature() was called on a branch, which is given up: ask session.on_branch")
+        if self._step is not None and not (self._step.finished or self._step.again):
+            raise SessionError(
+                f"measure_curvature() was called within step {self.step_number}, whose gradients are being measured: "
+                "call it after session.step()"
+            )
         # Their hooks would see the gradients computed here; the next step attaches them again.
         self._meter.close()
         self._groups.close()
-        return self._curvature.measure(loss_of, step=self.step_number - 1, samples_seen=self.samples_seen)
+        return self._curvature.measure(
+            loss_of,
+            micro_batch=self._state.plan.micro_batch,
+            step=self.step_number - 1,
+            samples_seen=self.samples_seen,
+        )
 
     def close(self) -> None:
         if self.on_branch:  # the loop was left in the midst of one: the model is the trunk's again

@@ -1,6 +1,6 @@
 """How is the Hessian-weighted noise scale measured in the middle of a run, without a trace in it?
 
-It reads samples of its own: a second seeded stream over the same training set, which no step consumes. The readings are
+It reads samples of its own: other seeded streams over the same training set, which no step consumes. The readings are
 shared out among the ranks and summed, and each is computed whole on one rank, so that the layout does not matter.
 """
 
@@ -33,7 +33,7 @@ from orchestrator.runtime.worker import Worker
 logger = logging.getLogger(__name__)
 
 LossOf = Callable[[nn.Module, Any], Tensor]
-_OWN_SAMPLES = 0x63757276  # keeps this stream apart from the one that is trained on
+_OWN_SAMPLES = 0x63757276  # keeps these streams apart from the one that is trained on
 
 
 @final
@@ -59,18 +59,23 @@ class Curvature:
         self._collate = collate
         self._worker = worker
         self._journal = journal
+        self._last_call = (-1, 0)  # samples seen at it, and how many there were before it at this place
 
-    def measure(self, loss_of: LossOf, *, step: int, samples_seen: int) -> CurvatureStats | None:
-        """Collective. The statistics, also written down; ``None`` where the model does not allow it, said once."""
+    def measure(self, loss_of: LossOf, *, micro_batch: int, step: int, samples_seen: int) -> CurvatureStats | None:
+        """Collective. The statistics, also written down; ``None`` where the model does not allow it, said once.
+
+        ``micro_batch`` is that of the plan in force: what is known to fit in memory for training.
+        """
         began_s = self._worker.now()
         mine, problem = [], None
+        seed = self._seed(samples_seen)
         try:
-            plan = curvature.plan_curvature(len(self._dataset), micro_batch=self._config.batch.micro_batch)
+            plan = curvature.plan_curvature(len(self._dataset), micro_batch=micro_batch)
         except ValueError as error:
             self._refuse(str(error), step=step, samples_seen=samples_seen)  # on all ranks, as all see the same data
             return None
         try:
-            mine = self._own_readings(loss_of, plan, number=self._number(samples_seen))
+            mine = self._own_readings(loss_of, plan, seed=seed)
         except NotTwiceDifferentiableError as error:
             problem = str(error)
         except Exception as error:
@@ -102,14 +107,17 @@ class Curvature:
         )
         return found
 
-    def _number(self, samples_seen: int) -> int:
-        """Of the first reading: measurements of a run use different positions, also after it was resumed."""
-        every = self._config.measure.curvature_every_samples
-        return READINGS * (samples_seen // every if every else 0)
-
-    def _own_readings(self, loss_of: LossOf, plan: CurvaturePlan, *, number: int) -> list[CurvatureReading]:
-        """This rank's, every so-many-th."""
+    def _seed(self, samples_seen: int) -> int:
+        """Of the samples of one measurement: each call has others, and the same ones in a run that was resumed."""
+        place, before = self._last_call
+        self._last_call = (samples_seen, before + 1 if samples_seen == place else 0)
         seed = mix(self._config.run.seed, _OWN_SAMPLES)
+        for number in self._last_call:
+            seed = mix(seed, number)
+        return seed
+
+    def _own_readings(self, loss_of: LossOf, plan: CurvaturePlan, *, seed: int) -> list[CurvatureReading]:
+        """This rank's, every so-many-th."""
         loader = PositionLoader(
             self._dataset,
             self._collate,
@@ -130,7 +138,7 @@ class Curvature:
         # Of the kernels for attention only the plain one can be differentiated twice.
         with generators_kept(), _buffers_kept(self._model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             try:
-                for reading in range(number + self._worker.rank, number + READINGS, self._worker.world_size):
+                for reading in range(self._worker.rank, READINGS, self._worker.world_size):
                     *firsts, for_hessian = plan.firsts(reading)
                     found.append(
                         read(

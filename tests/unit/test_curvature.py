@@ -20,7 +20,9 @@ from torch.utils.data import Dataset
 from orchestrator.core import curvature
 from orchestrator.core.curvature import MICRO_BATCHES, READINGS, CurvatureReading, plan_curvature
 from orchestrator.core.noise import moments
+from orchestrator.errors import SessionError
 from orchestrator.measure.curvature import NotTwiceDifferentiableError, read
+from orchestrator.optim import VRSGD
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
 from orchestrator.session import Session
@@ -340,6 +342,113 @@ def test_a_resumed_run_measures_what_it_would_have_measured(tmp_path: Path) -> N
         [[row[key] for key in keys] for row in rows(place, folder.EVENTS, "curvature")] for place in (whole, stopped)
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "sections", "fits", "expected"),
+    [
+        ("micro_batch", {}, 8, 8),
+        ("micro_batch", {}, 2, 2),  # memory runs out in the first step, and it is cut to what fits
+        ("split", {"batch": {"initial": 8, "micro_batch": 8, "max": 8}}, 8, 4),
+        ("micro_batch", {"optimizer": {"name": "vr_sgd", "lr": 0.05, "momentum": 0.9, "part_samples": 4}}, 4, 4),
+    ],
+    ids=["as configured", "after memory ran out", "split", "parts"],
+)
+def test_it_takes_the_micro_batches_that_training_takes(
+    tmp_path: Path, estimator: str, sections: dict[str, Any], fits: int, expected: int
+) -> None:
+    model, sizes = mlp(), []
+
+    def limited(module: nn.Module, batch: Any) -> Tensor:
+        if len(batch[1]) > fits:
+            raise torch.OutOfMemoryError("planted")
+        sizes.append(len(batch[1]))
+        return cross_entropy(module, batch)
+
+    settings = config(tmp_path, measure={"curvature_every_samples": 64, "estimator": estimator}, **sections)
+    optimizer_class = VRSGD if "optimizer" in sections else torch.optim.SGD
+    with Session(
+        settings, model=model, optimizer=optimizer_class(model.parameters(), lr=0.05), dataset=blobs()
+    ) as session:
+        for step in session:
+            for batch in step:
+                session.backward(lambda batch=batch: limited(session.model, batch))
+            session.step()
+            if session.curvature_due:
+                del sizes[:]
+                assert session.measure_curvature(limited) is not None
+                assert set(sizes) == {expected}
+                break
+    (event,) = rows(tmp_path, folder.EVENTS, "curvature")
+    assert event["samples"] == READINGS * (MICRO_BATCHES + 1) * expected
+
+
+@pytest.mark.parametrize("every", [None, 128])
+def test_calls_at_any_place_read_other_samples_and_the_same_after_a_resume(tmp_path: Path, every: int | None) -> None:
+    def asked(place: Path, *, resume: bool, stop_in_step: int | None = None) -> list[tuple[int, list[int]]]:
+        model, dataset, found = mlp(), Drawn(), []
+        settings = config(
+            place, train={"samples": 160}, measure={"curvature_every_samples": every}, data={"seed_each_sample": True}
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with Session(settings, model=model, optimizer=optimizer, dataset=dataset, resume=resume) as session:
+            for step in session:
+                for batch in step:
+                    session.backward(cross_entropy(session.model, batch))
+                if session.step_number == stop_in_step:
+                    session.request_stop("the test asked")
+                session.step()
+                for _ in range(2):
+                    del dataset.read[:]
+                    session.measure_curvature(cross_entropy)
+                    found.append((session.step_number, list(dataset.read)))
+        return found
+
+    whole = asked(tmp_path / "whole", resume=False)
+    assert [step for step, _ in whole] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert len({tuple(read) for _, read in whole}) == 10
+    parts = asked(tmp_path / "parts", resume=False, stop_in_step=1) + asked(tmp_path / "parts", resume=True)
+    assert parts == whole
+
+
+def test_a_call_within_a_step_is_refused_and_the_step_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    def trained(place: Path, *, asks: bool) -> tuple[list[Any], list[Any]]:
+        model = mlp()
+        settings = config(place, train={"samples": 160}, measure={"groups": "layers"})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with Session(settings, model=model, optimizer=optimizer, dataset=blobs()) as session:
+            for step in session:
+                for batch in step:
+                    session.backward(cross_entropy(session.model, batch))
+                    if asks:
+                        with pytest.raises(SessionError, match=r"within step \d.*call it after session\.step\(\)"):
+                            session.measure_curvature(cross_entropy)
+                session.step()
+        return rows(place, folder.GROUPS), [
+            [row[k] for k in ("step", "loss", "grad_sq", "trace_cov")] for row in rows(place, folder.METRICS)
+        ]
+
+    assert trained(tmp_path / "on", asks=True) == trained(tmp_path / "off", asks=False)
+
+
+def test_it_may_be_asked_for_before_the_first_step_and_where_a_step_is_to_be_taken_again(tmp_path: Path) -> None:
+    model, again = mlp(), []
+
+    def limited(module: nn.Module, batch: Any) -> Tensor:
+        if len(batch[1]) > 4:
+            raise torch.OutOfMemoryError("planted")
+        return cross_entropy(module, batch)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Session(config(tmp_path, train={"samples": 64}), model=model, optimizer=optimizer, dataset=blobs()) as session:
+        assert session.measure_curvature(cross_entropy) is not None
+        for step in session:
+            for batch in step:
+                session.backward(lambda batch=batch: limited(session.model, batch))
+            session.step()
+            again.append(session.step_number)
+            assert session.measure_curvature(limited) is not None
+    assert again == [0, 1, 2]  # memory ran out in the first
 
 
 class Once(torch.autograd.Function):
