@@ -105,6 +105,9 @@ class CheckpointStore:
         meta: dict[str, Any] = self._collective.share(
             json.loads((chosen / _META).read_text()) if self._collective.rank == 0 else None
         )
+        # Torch makes the state to load into only for an optimizer that has no gradients yet and no state.
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = _tree(model_state, optimizer_state, ema)
         try:

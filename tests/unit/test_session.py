@@ -606,3 +606,14 @@ def test_a_checkpoint_asked_for_in_a_step_that_runs_out_of_memory_is_written_aft
         (1, "asked for"),
         (20, "the end"),
     ]
+
+
+def test_gradients_and_state_from_before_do_not_keep_the_saved_state_out(tmp_path: Path) -> None:
+    expected = run(session_of(config(tmp_path / "whole")))
+    run(session_of(config(tmp_path / "parts")), stop_in_step=7)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    cross_entropy(model, blobs()[:8]).backward()
+    optimizer.step()  # and the gradients stay
+    resumed = run(session_of(config(tmp_path / "parts"), model=model, optimizer=optimizer, resume=True))
+    assert_equal(weights(resumed), weights(expected))
