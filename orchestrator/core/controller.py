@@ -256,6 +256,7 @@ def decide(
             workers=state.world_size,
             micro_batch=_computed_micro_batch(state, rules),
             steps=throughput.fit(state.timings) if rules.sees_clock else None,
+            took_no_longer=rules.sees_clock and throughput.took_no_longer(state.timings),
         )
     )
     if decision.target_batch == state.target.batch:

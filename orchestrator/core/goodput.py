@@ -101,7 +101,7 @@ class Goodput:
         def at(inputs: PolicyInputs) -> Preference:
             steps, workers, micro_batch = inputs.steps, inputs.workers, inputs.micro_batch
             if steps is None:
-                return exploring()
+                return exploring(inputs)
             once = steps.once(workers)
             if once is None:
                 return untimed(inputs)

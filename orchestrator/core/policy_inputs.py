@@ -26,6 +26,7 @@ class PolicyInputs:
     workers: int = 1  # that there are now
     micro_batch: int = 1  # samples; the most that a worker computes at once now
     steps: StepModel | None = None  # for time-dependent policies alone: what a step costs, once that can be told
+    took_no_longer: bool = False  # for the same policies: longer steps were timed, and took no longer than shorter ones
 
 
 Policy = Callable[[PolicyInputs], Decision]

@@ -96,7 +96,7 @@ def timed_tradeoff(price_per_worker_hour: float | None, price_per_sample: float 
 
     def preferred(inputs: PolicyInputs) -> Preference:
         if inputs.steps is None:
-            return exploring()
+            return exploring(inputs)
         once = inputs.steps.once(inputs.workers)
         if once is None:
             return untimed(inputs)
@@ -108,14 +108,18 @@ def timed_tradeoff(price_per_worker_hour: float | None, price_per_sample: float 
     return preferred
 
 
-def exploring() -> Preference:
+def exploring(inputs: PolicyInputs) -> Preference:
     """Growth as far as the noise scale, to learn from step times of another length what a step costs.
 
     Up to the noise scale a sample of a larger batch is worth at least half a sample of the smallest. The restraints on
     growth hold as ever, so that it is one growth by ``max_growth`` before the times are looked at again; where the
-    noise scale does not allow it, the batch holds and the times stay untold.
+    noise scale does not allow it, the batch holds and the times stay untold. Where longer steps took no longer (a
+    device that small batches leave idle), a larger batch costs nothing so far, and the growth goes on as far.
     """
-    return Preference(batch_at=lambda scale: scale, words=", growing to learn what a step costs at another length")
+    words = ", growing to learn what a step costs at another length"
+    if inputs.took_no_longer:
+        words = ", growing as longer steps took no longer"
+    return Preference(batch_at=lambda scale: scale, words=words)
 
 
 def untimed(inputs: PolicyInputs) -> Preference:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -112,8 +113,36 @@ def fit(timings: Timings) -> StepModel | None:
     """Least squares on relative errors of the layouts' medians, with one slope and a start for each fleet.
 
     ``None`` while slope and start cannot be told apart: no fleet was timed (eight steps each) at two run lengths that
-    are 1.25 times apart, or longer runs took no longer.
+    are 1.25 times apart, or longer runs took no longer, which ``took_no_longer`` tells.
     """
+    line = _line(timings)
+    if line is None or line.rise <= 0:
+        return None
+    slope, once, least = line.rise / line.spread, [], 0.0
+    for workers in sorted(line.centres):
+        x, y = line.centres[workers]
+        least = max(least, y - slope * x)  # more workers never synchronise faster; what looks so is noise
+        once.append((workers, least))
+    return StepModel(sample_s=slope, once_s=tuple(once))
+
+
+def took_no_longer(timings: Timings) -> bool:
+    """Whether runs of clearly different lengths were timed, and the longer ones took no longer."""
+    line = _line(timings)
+    return line is not None and line.rise <= 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    """What the slope common to all fleets is the ratio of, and (samples, seconds) in the middle of each fleet's."""
+
+    rise: float
+    spread: float
+    centres: Mapping[int, tuple[float, float]]
+
+
+def _line(timings: Timings) -> _Line | None:
+    """``None`` where no fleet was timed at two lengths."""
     fleets: dict[int, list[tuple[float, float, float]]] = {}
     for layout in timings.layouts:
         if len(layout.step_times_s) >= _ENOUGH:
@@ -130,14 +159,7 @@ def fit(timings: Timings) -> StepModel | None:
         x, y = centres[workers]
         rise += math.fsum(w * (samples - x) * (seconds - y) for w, samples, seconds in fleet)
         spread += math.fsum(w * (samples - x) ** 2 for w, samples, _ in fleet)
-    if rise <= 0:
-        return None
-    slope, once, least = rise / spread, [], 0.0
-    for workers in sorted(centres):
-        x, y = centres[workers]
-        least = max(least, y - slope * x)  # more workers never synchronise faster; what looks so is noise
-        once.append((workers, least))
-    return StepModel(sample_s=slope, once_s=tuple(once))
+    return _Line(rise=rise, spread=spread, centres=centres)
 
 
 def _centre(fleet: list[tuple[float, float, float]]) -> tuple[float, float]:

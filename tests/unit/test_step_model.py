@@ -77,6 +77,20 @@ def test_what_cannot_be_told_apart_is_no_model(steps) -> None:
     assert fit(timed(*steps)) is None
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((), False),
+        (((1, 32, 0.1), (1, 39, 0.1)), False),  # lengths too much alike
+        (((1, 32, 0.1), (1, 64, 0.1)), True),
+        (((1, 32, 0.2), (1, 64, 0.1)), True),
+        (((1, 32, 0.1), (1, 64, 0.11)), False),  # a model
+    ],
+)
+def test_that_longer_steps_took_no_longer_is_said_where_it_was_seen(steps, said) -> None:
+    assert throughput.took_no_longer(timed(*steps)) == said
+
+
 def test_seven_steps_of_a_length_are_not_enough() -> None:
     few = timed((1, 64, 0.2), each=7)
     enough = timed((1, 32, 0.1)).layouts

@@ -121,6 +121,21 @@ def test_before_the_times_tell_it_explores_within_the_cap_and_the_noise_and_says
     assert "saves no time" in nothing.reason
 
 
+@pytest.mark.parametrize("name", ["tradeoff", "goodput"])
+def test_where_longer_steps_take_no_longer_it_grows_to_the_noise_scale_and_says_why(name) -> None:
+    """A step takes 0.1 s, a longer one even a little less: the first growth is to learn it, the others know."""
+    run = drive(
+        rules(name=name, total_samples=150_000, base_batch=32, cooldown_samples=1024, deadband=1.2),
+        gaussian(lambda _: 1000.0, seed=2),
+        time_s=lambda batch, _: 0.1 - 1e-6 * batch,
+    )
+    first, *others = [action.reason for _, action in run.plans]
+    assert "growing to learn what a step costs" in first
+    assert len(others) >= 3
+    assert all("growing as longer steps took no longer" in reason for reason in others)
+    assert 1000 / 1.5 < run.state.target.batch < 1000 * 1.5
+
+
 def test_a_given_rate_does_not_look_at_the_clock() -> None:
     assert sees_clock(PolicySettings(name="tradeoff"))
     assert not sees_clock(PolicySettings(name="tradeoff", exchange_rate=100.0))
