@@ -7,6 +7,7 @@ a stop through that folder, which reaches rank zero wherever it is; a second one
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from launch.bundled import find_config
 from launch.doctor import unreachable
@@ -197,9 +199,9 @@ def advice_lines(path: Path) -> list[str]:
     if advice is None:
         return []
     lines = [f"Advice:    {advice['reason']}."]
-    if advice.get("schedule"):
-        ramp = f"{{policy: schedule, ramp: {advice['schedule']}}}"
-        lines.append(f"           As a config: controller: {ramp}, train: {{samples: {advice['samples']}}}")
+    if advice.get("config"):
+        sections = yaml.safe_dump(advice["config"], default_flow_style=True, sort_keys=False, width=math.inf)
+        lines.append(f"           As a config: {sections.strip()}")
     return lines
 
 

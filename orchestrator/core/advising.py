@@ -9,6 +9,9 @@ S + B samples, whichever the batch.
 What is neglected: the noise scale is taken to belong to the progress made, not to the batch, though on a plateau it
 rises with batch / LR (there the guard holds, but finds less to hold than in a run); a larger batch would be measured
 with other intervals; the learning rate is taken to follow the batch as well as it can; and times are not known.
+
+A policy that carries out a plan (a ramp, a decay that becomes growth) needs none of this: nothing is measured for it,
+and its plan is one over the very samples of the run.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.core import controller
 from orchestrator.core.controller import Rules
-from orchestrator.types import ApplyPlan, NoiseStats
+from orchestrator.types import ApplyPlan, GradMeasured, GradSample, NoiseStats
 
 _ROUNDING = 1e-6  # [steps] of a sum of many parts of a step
 
@@ -40,7 +43,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """The same progress twice: as the run made it, and as the policy would have.
+    """The same progress twice: as the run made it, and as the policy would have; for a plan, the same samples.
 
     ``schedule`` holds (samples seen, batch) of each change, ready to be a ``controller.ramp`` beside the same
     ``every_samples`` and ``lag_steps``. For ``unmeasured_samples`` of the run's own the noise scale was not known, and
@@ -61,7 +64,9 @@ class Advice:
         if not self.schedule:
             return f"the batch would have stayed as it was, for {self.fixed_steps:,} steps"
         changes = ", ".join(f"{batch:,} from {seen:,} samples on" for seen, batch in self.schedule)
-        unsure = f"; the noise scale was not known for {self.unmeasured_samples:,} of them" * (
+        if self.samples == self.fixed_samples:
+            return f"batch {changes} would have taken {steps} for the same {self.samples:,} samples"
+        unsure = f"; for {self.unmeasured_samples:,} of the run's own samples the noise scale was not known" * (
             self.unmeasured_samples > 0
         )
         return f"batch {changes} would have made the same progress in {steps}, with {samples}{unsure}"
@@ -98,7 +103,7 @@ def advise(stretches: Sequence[Stretch], rules: Rules) -> Advice | None:
                 state,
                 step=state.step + num,
                 samples_seen=seen,
-                peak_lr_fraction=max(state.peak_lr_fraction, rules.schedule(seen)),
+                peak_lr_fraction=max(state.peak_lr_fraction, *map(rules.schedule, range(before, seen, batch))),
                 loss_sum=state.loss_sum + losses * batch,
                 loss_samples=state.loss_samples + num * batch,
             )
@@ -119,6 +124,30 @@ def advise(stretches: Sequence[Stretch], rules: Rules) -> Advice | None:
         fixed_steps=-(-fixed_samples // base),
         fixed_samples=fixed_samples,
         unmeasured_samples=sum(stretch.samples for stretch in stretches if not stretch.stats.bounded),
+    )
+
+
+def follow_plan(rules: Rules, *, samples: int) -> Advice:
+    """What a policy that carries out a plan does over the ``samples`` of a run: the controller itself takes the steps.
+
+    ``rules.planned``: what a step measured is not looked at, so that none of it needs to be known.
+    """
+    rules = replace(rules, act=True, total_samples=samples)
+    state, schedule = controller.init(rules, world_size=1), []
+    while state.samples_seen < samples:
+        batch = min(state.target.batch, samples - state.samples_seen)
+        seen = state.samples_seen + batch
+        sample = GradSample(step=state.step + 1, samples_seen=seen, batch=batch, micro_batches=1, loss=0.0, lr=1.0)
+        state, action = controller.advance(state, GradMeasured(sample=sample), rules)
+        if isinstance(action, ApplyPlan):
+            schedule.append((seen, action.target.batch))
+    return Advice(
+        schedule=tuple(schedule),
+        steps=state.step + 1,
+        samples=samples,
+        fixed_steps=-(-samples // rules.base_batch),
+        fixed_samples=samples,
+        unmeasured_samples=0,
     )
 
 

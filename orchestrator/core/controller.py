@@ -64,6 +64,7 @@ class Rules:
     workers: WorkerLimits
     resize_when: ResizeWhen
     resize_cost_s: float  # taken until a resize has been measured
+    planned: bool = False  # whether the policy carries out a plan over the samples, whatever is measured
     sees_clock: bool = False  # whether the policy is declared time-dependent, and may be shown the step times
     goodput: Goodput | None = None  # what chooses the workers, where it is known better than by micro-batches
     branching: BranchSettings | None = None  # of policy branched

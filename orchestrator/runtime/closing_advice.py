@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from orchestrator.core import codec, controller, noise
-from orchestrator.core.advising import Stretch, advise
+from orchestrator.core.advising import Advice, Stretch, advise, follow_plan
 from orchestrator.core.controller import ControllerState, Rules, is_decision_point
 from orchestrator.measure.meter import Estimator
 from orchestrator.runtime import folder
@@ -27,8 +28,12 @@ def closing_advice(run: Path, rules: Rules, estimator: Estimator) -> tuple[str, 
     if batches - {rules.base_batch}:
         kept = ", ".join(map(str, sorted(batches)))
         return f"no advice: it is founded on one batch throughout, and this run had {kept}", {}
-    rounds = events_of(run, "branches")
-    found = advise(stretches(rows, rounds, rules=rules, estimator=estimator), rules)
+    found: Advice | None
+    if rules.planned:
+        found = follow_plan(rules, samples=sum(row["global_batch"] for row in rows))
+    else:
+        rounds = events_of(run, "branches")
+        found = advise(stretches(rows, rounds, rules=rules, estimator=estimator), rules)
     if found is None:
         return "no advice: the noise scale never had an interval with two ends in this run", {}
     return found.sentence(), {
@@ -40,7 +45,29 @@ def closing_advice(run: Path, rules: Rules, estimator: Estimator) -> tuple[str, 
         "steps_saved": found.fixed_steps - found.steps,
         "samples_saved": found.fixed_samples - found.samples,
         "unmeasured_samples": found.unmeasured_samples,
+        "config": as_config(found, rules),
     }
+
+
+def as_config(found: Advice, rules: Rules) -> Mapping[str, Any] | None:
+    """The sections of a config with which a run does what was advised; ``None`` where that is what it did."""
+    if not found.schedule:
+        return None
+    if rules.planned:
+        return {"controller": {"mode": "act"}}
+    controller = {
+        "mode": "act",
+        "policy": "schedule",
+        "ramp": [list(entry) for entry in found.schedule],
+        "every_samples": rules.every_samples,
+        "lag_steps": rules.lag_steps,
+        # The learning rate's rule goes on to see the noise scale.
+        "half_life_samples": rules.noise.half_life_samples,
+        "confidence": rules.noise.confidence,
+    }
+    sizes = [rules.base_batch, *(batch for _, batch in found.schedule)]
+    falls = any(a > b for a, b in pairwise(sizes))
+    return {"controller": controller | ({"shrink": True} if falls else {}), "train": {"samples": found.samples}}
 
 
 def stretches(

@@ -10,7 +10,7 @@ from orchestrator.core.families import FAMILIES, NOISE_EXPONENTS
 from orchestrator.core.lr_rules import Rule, build_rule
 from orchestrator.core.noise import NoiseSettings
 from orchestrator.core.planner import WorkerLimits
-from orchestrator.core.policies import PolicySettings, build_policy, goodput_of, sees_clock
+from orchestrator.core.policies import PLANNED, PolicySettings, build_policy, goodput_of, sees_clock
 from orchestrator.core.schedules import Schedule, ScheduleSettings, build_schedule
 from orchestrator.errors import ConfigError, TaskError
 from orchestrator.measure.estimators import find_estimator
@@ -60,6 +60,7 @@ def rules_from(config: RunConfig, *, dataset_size: int, workers_stay: bool = Fal
         workers=_worker_limits(config),
         resize_when=config.workers.when,
         resize_cost_s=config.workers.resize_cost_s,
+        planned=settings.name in PLANNED,
         sees_clock=sees_clock(settings),
         goodput=goodput_of(settings) if settings.name == "goodput" else None,
     )

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launch.run_command import EXIT_STOPPED, run
 from orchestrator.config import RunConfig
+from orchestrator.core.advising import Advice
 from orchestrator.measure.estimators import find_estimator
 from orchestrator.runtime import folder
-from orchestrator.runtime.closing_advice import closing_advice
+from orchestrator.runtime.closing_advice import as_config, closing_advice
 from orchestrator.runtime.rules import rules_from
 from tests import support
+from tests.unit.planted import rules
 
 DIGITS = {"name": "digits", "options": {"width": 8, "augment": False}}
 
@@ -40,7 +43,7 @@ def of_kind(place: Path, name: str, kind: str) -> list[dict[str, Any]]:
 
 
 SAMPLES = 4096
-ADVISING = support.EAGER | {"mode": "advise", "cooldown_samples": 512, "every_samples": 256}
+ADVISING = support.EAGER | {"mode": "advise", "cooldown_samples": 512, "every_samples": 256, "lag_steps": 9}
 
 
 def test_its_schedule_pasted_as_a_ramp_takes_the_steps_and_samples_it_names(
@@ -59,11 +62,13 @@ def test_its_schedule_pasted_as_a_ramp_takes_the_steps_and_samples_it_names(
     wishes = [row for row in of_kind(tmp_path, "advised", "decision") if "wished_batch" in row]
     assert advice["schedule"][0] == [wishes[0]["samples_seen"], wishes[0]["wished_batch"]]
     assert f"Advice:    {advice['reason']}." in said
-    assert f"{{policy: schedule, ramp: {advice['schedule']}}}, train: {{samples: {advice['samples']}}}" in said
+    sections = yaml.safe_load(said.split("As a config: ")[1].splitlines()[0])
+    assert sections["controller"]["ramp"] == advice["schedule"]
+    assert "shrink" not in sections["controller"]
     assert [row["kind"] for row in folder.rows(tmp_path / "advised" / folder.EVENTS)][-1] == "finished"
 
-    ramp = {"policy": "schedule", "ramp": advice["schedule"], "every_samples": 256}
-    done = config(tmp_path, "pasted", controller=ramp, train={"samples": advice["samples"]})
+    done = config(tmp_path, "pasted", **sections)
+    assert (done.controller.half_life_samples, done.controller.confidence) == (1024, 0.5)
     assert start(done) == 0
     taken = folder.surviving(tmp_path / "pasted" / folder.METRICS)
     assert len(taken) == pytest.approx(advice["steps"], abs=1)
@@ -76,6 +81,40 @@ def test_its_schedule_pasted_as_a_ramp_takes_the_steps_and_samples_it_names(
     )
     assert reason.startswith("no advice: it is founded on one batch throughout, and this run had 16, ")
     assert not evidence
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{"name": "linear"}, {"name": "one_cycle", "warmup_samples": 700, "final_fraction": 0.1}],
+    ids=lambda schedule: schedule["name"],
+)
+def test_a_planned_decay_advises_what_it_does_when_it_acts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], schedule: dict[str, Any]
+) -> None:
+    planned = {"policy": "decay_to_growth", "every_samples": 256, "deadband": 1.2, "mode": "advise"}
+    whole: dict[str, Any] = {"train": {"samples": 2048}, "schedule": schedule}
+    assert start(config(tmp_path, "advised", controller=planned, **whole)) == 0
+    said = capfd.readouterr().out
+    (advice,) = of_kind(tmp_path, "advised", "advice")
+    wishes = [row for row in of_kind(tmp_path, "advised", "decision") if "wished_batch" in row]
+    assert advice["schedule"][0] == [wishes[0]["samples_seen"], wishes[0]["wished_batch"]]
+    sections = yaml.safe_load(said.split("As a config: ")[1].splitlines()[0])
+    assert start(config(tmp_path, "acted", **whole, controller=planned | sections["controller"])) == 0
+    decided = [row for row in of_kind(tmp_path, "acted", "decision") if "effective_step" in row]
+    assert [[row["samples_seen"], row["target_batch"]] for row in decided] == advice["schedule"]
+    assert len(decided) >= 2
+    taken = folder.surviving(tmp_path / "acted" / folder.METRICS)
+    assert (len(taken), taken[-1]["samples_seen"]) == (advice["steps"], advice["samples"])
+    assert advice["samples_saved"] == 0
+
+
+def test_a_schedule_that_falls_is_printed_with_what_lets_it(tmp_path: Path) -> None:
+    found = Advice(
+        schedule=((512, 8), (1024, 64)), steps=9, samples=2000, fixed_steps=10, fixed_samples=160, unmeasured_samples=0
+    )
+    config = as_config(found, rules(base_batch=16))
+    assert config is not None
+    assert config["controller"]["shrink"] is True
 
 
 def touch_when_long(lines: Path, count: int, stop: Path) -> None:

@@ -18,7 +18,7 @@ from orchestrator.core.controller import ControllerState, Rules
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.noise import NoiseSettings, moments
 from orchestrator.core.planner import WorkerLimits
-from orchestrator.core.policies import PolicySettings, build_policy, goodput_of, sees_clock
+from orchestrator.core.policies import PLANNED, PolicySettings, build_policy, goodput_of, sees_clock
 from orchestrator.core.policy_inputs import Policy, PolicyInputs
 from orchestrator.types import Action, ApplyPlan, Decision, Event, GradMeasured, GradSample, Keep, RequestWorkers
 
@@ -53,7 +53,7 @@ def rules(**changes: Any) -> Rules:
     both = base | changes
     fleet = {"workers": None if both["resize_when"] == "never" else both["workers"]}
     settings = PolicySettings(**({"name": "noise_scale"} | restraints | fleet | of_policy))
-    base |= {"policy": build_policy(settings), "sees_clock": sees_clock(settings)}
+    base |= {"policy": build_policy(settings), "sees_clock": sees_clock(settings), "planned": settings.name in PLANNED}
     base["goodput"] = goodput_of(settings) if settings.name == "goodput" else None
     return Rules(**(base | changes))
 

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from orchestrator.core import noise
-from orchestrator.core.advising import Stretch, advise
+from orchestrator.core.advising import Stretch, advise, follow_plan
 from orchestrator.core.lr_rules import build_rule
 from orchestrator.core.policies import PolicySettings, build_policy
-from orchestrator.types import GradMeasured, Keep, NoiseStats, Verdict
+from orchestrator.core.policy_inputs import PolicyInputs
+from orchestrator.types import Decision, GradMeasured, Keep, NoiseStats, Verdict
 from tests.unit.planted import COOLDOWN, EVERY, drive, gaussian, rules, without_guard
 
 FREE = {"deadband": 1.0, "max_growth": 1e9, "shrink": True}
@@ -143,7 +144,45 @@ def test_where_nothing_was_known_the_last_noise_scale_stands_for_it() -> None:
         if done < 0:
             samples, done = samples - done * (100 + scale), 0.0
     assert grown.samples == pytest.approx(samples, abs=1)
-    assert "not known for 4,096" in grown.sentence()
+    assert "for 4,096 of the run's own samples the noise scale was not known" in grown.sentence()
+
+
+@pytest.mark.parametrize("samples", [200_000, 70_003])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"name": "decay_to_growth", "schedule": lambda seen: 1 - seen / 200_000},
+        {"name": "decay_to_growth", "schedule": lambda seen: max(0.0, 1 - abs(seen - 5500) / 100_000)},  # a top between
+        {"name": "decay_to_growth", "schedule": lambda seen: 0.5 ** (seen // 30_000), "every_samples": 5000},
+        {"name": "schedule", "ramp": ((3000, 64), (9000, 200), (50_000, 40)), "shrink": True},
+    ],
+    ids=["line", "top", "milestones", "ramp"],
+)
+def test_the_advice_of_a_plan_is_what_the_acting_controller_does(own, samples) -> None:
+    settled = rules(deadband=1.1, lag_steps=3, **own)
+    found = follow_plan(replace(settled, act=False), samples=samples)
+    run = drive(replace(settled, total_samples=samples), gaussian(lambda seen: 400.0, seed=0))
+    assert list(found.schedule) == [(seen, action.target.batch) for seen, action in run.plans]
+    assert len(found.schedule) >= 2
+    assert (found.steps, found.samples) == (len(run.history), samples)
+    assert (found.fixed_steps, found.fixed_samples) == (-(-samples // 32), samples)
+    assert f"in {found.steps:,}" not in found.sentence()
+    assert (
+        f"{found.steps:,} steps instead of {found.fixed_steps:,} for the same {samples:,} samples" in found.sentence()
+    )
+
+
+def test_a_policy_that_looks_at_the_schedule_is_shown_the_peak_at_which_a_step_began() -> None:
+    """Its top is over one step alone, far from the decisions on either side."""
+    shown: dict[int, float] = {}
+
+    def looking(inputs: PolicyInputs) -> Decision:
+        shown[inputs.samples_seen] = inputs.peak_lr_fraction
+        return Decision(target_batch=32, reason="looked")
+
+    top = rules(policy=looking, schedule=lambda seen: 1.0 if seen == 1600 else 0.25)
+    assert advise([stretch(1000.0)] * 4, top) is not None
+    assert shown == {1024: 0.25, 2048: 1.0, 3072: 1.0}
 
 
 @pytest.mark.parametrize("trace", [[], [stretch(None)], [stretch(None)] * 30])

@@ -44,6 +44,7 @@ NOBODYS = {
     "intervals": {"t_quantile"},
     "preferences": {"always", "exploring", "untimed"},
     "curvature": {"plan_curvature"},
+    "advising": {"follow_plan"},
 }
 
 
