@@ -4,8 +4,10 @@ B_noise = tr(H Sigma) / (G' H G) weighs noise and gradient by the Hessian H of t
 |G|^2 / (G' H G) is the best learning rate of plain gradient descent without noise: a step epsilon lowers a quadratic
 loss the most at epsilon_max / (1 + B_noise / B). McCandlish et al. 2018, arXiv:1812.06162, equations 2.6 to 2.8.
 
-The readings are independent of each other and all weigh alike. H may be indefinite: readings, and even the truth, may
-be negative, and then there is no such noise scale.
+The readings all weigh alike. They are independent of each other where no two share a sample: where a measurement takes
+fewer samples than the data set has, and ends within the epoch of its stream in which it began. Past the end the samples
+come again in another order, and the interval is too narrow for the distribution that they are drawn from. H may be
+indefinite: readings, and even the truth, may be negative, and then there is no such noise scale.
 """
 
 from __future__ import annotations
