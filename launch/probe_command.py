@@ -82,12 +82,12 @@ def show(found: Probe, config: RunConfig, *, console: Console) -> None:
     _say_layers(found, config, console)
     now = relative_precision(stats)
     if not stats.bounded or now is None:
-        _say_too_noisy(found, console)
+        _say_too_noisy(found, config, console)
         return
     _say_advice(found, config, console)
     _say(console, _precision_text(found, now))
     if found.dataset_size - samples < found.plan.micro_batch:
-        _say(console, "The data set gives no more; smaller micro-batches would measure better.")
+        _say(console, f"The data set gives no more{_smaller('; smaller micro-batches would measure better', config)}.")
 
 
 def _say_what_was_used(found: Probe, config: RunConfig, console: Console) -> None:
@@ -118,7 +118,14 @@ def _say_layers(found: Probe, config: RunConfig, console: Console) -> None:
     console.print()
 
 
-def _say_too_noisy(found: Probe, console: Console) -> None:
+def _smaller(advice: str, config: RunConfig) -> str:
+    """``advice`` on the size of the micro-batches, where it is they that are compared; of samples there are no more."""
+    from orchestrator.measure.estimators import find_estimator
+
+    return advice if find_estimator(config.measure.estimator).compares == "micro_batches" else ""
+
+
+def _say_too_noisy(found: Probe, config: RunConfig, console: Console) -> None:
     stats, samples = found.stats, found.plan.samples
     low = "" if stats.low is None else f"; it is above {_number(stats.low)}, without an upper end"
     _say(console, f"Too noisy: {samples:,} samples cannot tell the noise scale{low}. No policy would change the batch.")
@@ -128,7 +135,9 @@ def _say_too_noisy(found: Probe, console: Console) -> None:
         console,
         f"{more}; try --samples {min(4 * samples, found.dataset_size)}."
         if left > 0
-        else f"{more}, and all of the data set was used: give --set batch.micro_batch a smaller number.",
+        else f"{more}, and all of the data set was used"
+        + _smaller(": give --set batch.micro_batch a smaller number", config)
+        + ".",
     )
 
 

@@ -162,7 +162,7 @@ class ControllerSection(Section):
         description="[name] fixed, schedule (the ramp), decay_to_growth (the batch grows where the LR schedule would "
         "decay), noise_scale, tradeoff (steps against samples), norm_test, goodput (samples a second x what they are "
         "worth), expected_smoothness (fewest samples of a convex loss), branched (the noise scale x a factor that "
-        "trial branches find), or module:attribute",
+        "trial branches find), or module:factory",
     )
     every_samples: int = Field(default=1024, ge=1, description="[samples] between two decisions")
     lag_steps: int = Field(
@@ -274,7 +274,7 @@ class ControllerSection(Section):
             elif self.policy in POLICIES and self.policy != owner and value is not None:
                 rule, fix = f"policy {self.policy} does not use it", f"remove it, or write policy: {owner}"
                 broken.append(Broken(keys=(key, "policy"), value=value, rule=rule, fix=fix))
-        if self.policy in POLICIES and self.policy not in ("noise_scale", "fixed", "schedule") and self.kappa != 1:
+        if self.policy in POLICIES and self.policy != "noise_scale" and self.kappa != 1:
             own = {"tradeoff": "exchange_rate", "norm_test": "theta"}.get(self.policy)
             rule = f"policy {self.policy} does not use it"
             fix = f"remove it{f' and set {own}' if own else ''}, or write policy: noise_scale"

@@ -1,7 +1,8 @@
 """What batch is worth having now, and why: the base policies, and which restraints each is built with.
 
 A policy is a function of what is known (``PolicyInputs``) to a ``Decision``. It remembers nothing; what must be
-remembered lives in the controller's state and comes back as an input. Policies work in samples alone.
+remembered lives in the controller's state and comes back as an input. Policies work in samples alone, but for the two
+that ``sees_clock`` names, which are shown the run's own step times as well.
 """
 
 from __future__ import annotations

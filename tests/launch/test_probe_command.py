@@ -70,6 +70,23 @@ def test_too_noisy_is_said_and_is_no_failure(tmp_path: Path, monkeypatch: pytest
     assert "would choose" not in done.output
 
 
+@pytest.mark.parametrize(("estimator", "helps"), [("micro_batch", True), ("per_example", False)])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_smaller_micro_batches_are_advised_where_it_is_they_that_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str, helps: bool, noisy: bool
+) -> None:
+    def measured(*arguments: Any, **named: Any) -> Any:
+        found = measure(*arguments, **named)
+        return replace(found, stats=replace(found.stats, verdict=Verdict.TOO_NOISY, high=None)) if noisy else found
+
+    monkeypatch.setattr("orchestrator.runtime.probe.measure", measured)
+    done = call(tmp_path, "--samples", "640", measure={"estimator": estimator})
+    assert done.exit_code == 0, done.output
+    assert ("all of the data set was used" if noisy else "The data set gives no more") in done.output
+    advice = "give --set batch.micro_batch a smaller number" if noisy else "smaller micro-batches would measure better"
+    assert (advice in done.output) == helps
+
+
 def test_too_few_samples_and_a_missing_checkpoint_are_refused(tmp_path: Path) -> None:
     done = call(tmp_path, "--samples", "100")
     assert done.exit_code == 2

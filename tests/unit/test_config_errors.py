@@ -337,6 +337,8 @@ CASES = [
     added("rate of nothing", "controller.exchange_rate", "0", "more than 0", beside="policy: tradeoff"),
     added("kappa for the norm test", "controller.kappa", "2.0", "set theta", beside="policy: norm_test, theta: 0.5"),
     Case("policy without its ramp", "controller: {policy: schedule}", "controller.ramp", "", "write ramp: [["),
+    added("kappa for a ramp", "controller.kappa", "2.0", "noise_scale", beside="policy: schedule, ramp: [[9, 64]]"),
+    added("kappa for a batch that stays", "controller.kappa", "2.0", "noise_scale", beside="policy: fixed"),
     added("kappa for a planned decay", "controller.kappa", "2.0", "noise_scale", beside="policy: decay_to_growth"),
     Case(
         "a rule beside the exchange's own",
