@@ -48,6 +48,7 @@ def predicted_saving_s(
 
 
 _LAYOUTS = 8  # of the newest are remembered
+_LEAST_RISE = 1e-3  # of a step's time, for twice its samples
 _APART = 1.25  # lengths of a run nearer than this do not tell its slope from its start
 
 
@@ -116,7 +117,7 @@ def fit(timings: Timings) -> StepModel | None:
     are 1.25 times apart, or longer runs took no longer, which ``took_no_longer`` tells.
     """
     line = _line(timings)
-    if line is None or line.rise <= 0:
+    if line is None or not line.rises:
         return None
     slope, once, least = line.rise / line.spread, [], 0.0
     for workers in sorted(line.centres):
@@ -129,7 +130,7 @@ def fit(timings: Timings) -> StepModel | None:
 def took_no_longer(timings: Timings) -> bool:
     """Whether runs of clearly different lengths were timed, and the longer ones took no longer."""
     line = _line(timings)
-    return line is not None and line.rise <= 0
+    return line is not None and not line.rises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +140,12 @@ class _Line:
     rise: float
     spread: float
     centres: Mapping[int, tuple[float, float]]
+
+    @property
+    def rises(self) -> bool:
+        """Whether twice the samples take noticeably longer; a slope by rounding is none."""
+        samples, seconds = max(self.centres.values())
+        return self.rise / self.spread * samples > _LEAST_RISE * seconds
 
 
 def _line(timings: Timings) -> _Line | None:

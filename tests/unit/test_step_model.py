@@ -70,6 +70,7 @@ def test_the_step_times_of_pollux_are_of_this_form_at_a_fixed_micro_batch(overla
         ((1, 32, 0.1), (1, 39, 0.11)),  # lengths too much alike
         ((1, 32, 0.1), (2, 64, 0.2)),  # each fleet at one length
         ((1, 32, 0.1), (1, 64, 0.1)),  # more samples for nothing
+        ((1, 32, 0.1), (1, 64, 0.1 + 1e-16)),  # a slope of nothing but rounding
         ((1, 32, 0.2), (1, 64, 0.1)),
     ],
 )
@@ -84,6 +85,7 @@ def test_what_cannot_be_told_apart_is_no_model(steps) -> None:
         (((1, 32, 0.1), (1, 39, 0.1)), False),  # lengths too much alike
         (((1, 32, 0.1), (1, 64, 0.1)), True),
         (((1, 32, 0.2), (1, 64, 0.1)), True),
+        (((1, 32, 0.1), (1, 64, 0.1 + 1e-16)), True),
         (((1, 32, 0.1), (1, 64, 0.11)), False),  # a model
     ],
 )
