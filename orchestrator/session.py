@@ -323,7 +323,7 @@ class Session:
         return finished and not self.on_branch and self._state.passed(self.config.measure.curvature_every_samples)
 
     def measure_curvature(self, loss_of: LossOf) -> CurvatureStats | None:
-        """Collective. Measure it, on samples of its own, and write it to the run's folder as an event.
+        """Collective. Measure it, on the training set in an order of its own, and write it down as an event.
 
         ``loss_of(model, batch)`` is the mean loss of a batch, computed with the plain module it is given. Training goes
         on as if nothing had happened. ``None`` for a model whose loss cannot be differentiated twice: the reason is

@@ -1,6 +1,6 @@
 """How is the Hessian-weighted noise scale measured in the middle of a run, without a trace in it?
 
-It reads samples of its own: other seeded streams over the same training set, which no step consumes. The readings are
+It reads in orders of its own: other seeded streams over the same training set, which no step consumes. The readings are
 shared out among the ranks and summed, and each is computed whole on one rank, so that the layout does not matter.
 """
 
