@@ -64,7 +64,7 @@ def write(run: Run, path: Path, attempts: list[tuple[str, int, bool]]) -> Path:
                     "micro_batch": 8,
                     "world_size": 1 if sample.step == 0 else 2,
                     "loss": sample.loss,
-                    "rule_lr": sample.lr,
+                    "lr": sample.lr,
                     "grad_sq": sample.grad_sq,
                     "trace_cov": sample.trace_cov,
                     "step_time_s": event.step_time_s,
