@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from orchestrator.runtime.samples import keep_generators
 
 
 @final
@@ -30,7 +30,7 @@ class Kept:
         ]
         self._scaler, self._scaler_state = scaler, {} if scaler is None else copy.deepcopy(scaler.state_dict())
         # What the user's own loop draws from.
-        self._generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        self._put_back_generators = keep_generators()
         self._device = device if device.type == "cuda" else None
         self._device_generator: Any = None if self._device is None else torch.cuda.get_rng_state(self._device)
 
@@ -46,10 +46,7 @@ class Kept:
             _put(group, settings, besides=("params",))
         if self._scaler is not None:
             self._scaler.load_state_dict(self._scaler_state)
-        torch_state, numpy_state, python_state = self._generators
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        self._put_back_generators()
         if self._device is not None:
             torch.cuda.set_rng_state(self._device_generator, self._device)
 

@@ -60,16 +60,26 @@ def _seed_generators(key: int) -> None:
     random.seed(key)
 
 
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Torch's CPU generator, numpy's and Python's are after it as they were before."""
+def keep_generators() -> Callable[[], None]:
+    """Remembers torch's CPU generator, numpy's and Python's; what is returned puts them back, whenever called."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+    return put_back
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Torch's CPU generator, numpy's and Python's are after it as they were before."""
+    put_back = keep_generators()
+    try:
+        yield
+    finally:
+        put_back()
 
 
 @final
