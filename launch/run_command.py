@@ -45,6 +45,11 @@ _LOCAL_CLUSTER = "local"
 @click.option("--run-dir", metavar="DIR", help="Keep the run in DIR/<run.name> instead of under run.dir.")
 @click.option("--resume", is_flag=True, help="Go on with a run that exists, from its newest whole checkpoint.")
 @click.option(
+    "--auto-resume",
+    is_flag=True,
+    help="Go on with the run if it exists, else begin it: for jobs that are started again.",
+)
+@click.option(
     "--address",
     default=_LOCAL_CLUSTER,
     show_default=True,
@@ -52,7 +57,13 @@ _LOCAL_CLUSTER = "local"
     help="Ray cluster to use; local starts one.",
 )
 def run_command(
-    config: str, overrides: tuple[str, ...], runtime: str, run_dir: str | None, resume: bool, address: str
+    config: str,
+    overrides: tuple[str, ...],
+    runtime: str,
+    run_dir: str | None,
+    resume: bool,
+    auto_resume: bool,
+    address: str,
 ) -> None:
     """Train CONFIG: a path, or the name of a bundled config (groundswell config list).
 
@@ -69,6 +80,7 @@ def run_command(
     command += [] if address == _LOCAL_CLUSTER else ["--address", address]
     try:
         settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)])
+        resume = resume or (auto_resume and folder.exists(Path(settings.run.dir) / settings.run.name))
         code = run(settings, runtime=runtime, resume=resume, address=address, command=shlex.join(command))
     except GroundswellError as error:
         say(str(error), error=True)

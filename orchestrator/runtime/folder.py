@@ -74,10 +74,14 @@ class RunWriter:
         self._lock.release()
 
 
+def exists(folder: Path) -> bool:
+    """Whether a run was begun there; one that was refused before it began leaves a config, and is none."""
+    return (folder / EVENTS).exists()
+
+
 def check(folder: Path, *, resume: bool) -> None:
     """Refuse to write over a run, or to resume what is not there. Raises ``RunFolderError``."""
-    exists = (folder / EVENTS).exists()  # a run that was refused before it began leaves a config, and is none
-    if exists and not resume:
+    if exists(folder) and not resume:
         raise RunFolderError(
             f"{folder} already holds a run; pass --resume to go on with it, or choose another run.name or --run-dir"
         )

@@ -110,6 +110,17 @@ def test_a_finished_run_is_not_run_again_but_may_be_made_longer(
     assert CliRunner().invoke(ledger_group, ["verify", str(tmp_path / "run")]).exit_code == 0
 
 
+def test_auto_resume_begins_and_goes_on_by_one_command(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config(tmp_path).model_dump(mode="json")))
+    command = ("run", str(file), "--runtime", "local", "--auto-resume")
+    assert call(*command).exit_code == 0
+    assert call(*command, "--set", "train.samples=1280").exit_code == 0
+    kinds = [event["kind"] for event in events(tmp_path) if event["kind"] in ("started", "resumed", "finished")]
+    assert kinds == ["started", "finished", "resumed", "finished"]
+    assert "is finished" in call(*command, "--set", "train.samples=1280").stdout
+
+
 def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
