@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from orchestrator.errors import CheckpointError
 from orchestrator.ports import Collective
+from orchestrator.runtime.safe_loading import CheckpointReader, PlainDataPlanner
 
 _NAME = re.compile(r"step-(\d{9})")
 _MANIFEST = "manifest.json"
@@ -113,14 +113,14 @@ class CheckpointStore:
         try:
             saved = _saved_names(chosen)
             _leave_out_unmoved(optimizer_state, saved)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
-                state_dict_loader.load(state, checkpoint_id=chosen, no_dist=self._collective.world_size == 1)
+            _load(state, chosen, no_dist=self._collective.world_size == 1)
             _refuse_left_over(saved, model_state)
             set_model_state_dict(model, model_state)
             # Not strict: parameters may be without a state, and what else is missing has been refused.
             options = StateDictOptions(strict=False)
             set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+        except CheckpointError:
+            raise
         except (Exception, CheckpointException) as error:  # DCP raises several kinds, none of them narrow
             raise CheckpointError(
                 f"checkpoint {chosen} does not fit this model and optimizer: {_cause(error)}; resume with "
@@ -197,11 +197,12 @@ def load_weights(folder: Path, model: nn.Module) -> tuple[Path, tuple[Fault, ...
         )
     try:
         model_state = get_model_state_dict(model)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
-            state_dict_loader.load({"model": model_state}, checkpoint_id=chosen, no_dist=True)
-        _refuse_left_over(_saved_names(chosen), model_state)
+        saved = _saved_names(chosen)
+        _load({"model": model_state}, chosen, no_dist=True)
+        _refuse_left_over(saved, model_state)
         set_model_state_dict(model, model_state)
+    except CheckpointError:
+        raise
     except (Exception, CheckpointException) as error:  # DCP raises several kinds, none of them narrow
         raise CheckpointError(
             f"checkpoint {chosen} does not fit this model: {_cause(error)}; name the config and use the code that "
@@ -262,9 +263,17 @@ def _choose_within(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
     return _choose(inside if inside.is_dir() else folder)
 
 
+def _load(state: dict[str, Any], path: Path, *, no_dist: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
+        state_dict_loader.load(
+            state, storage_reader=CheckpointReader(path), planner=PlainDataPlanner(), no_dist=no_dist
+        )
+
+
 def _saved_names(path: Path) -> list[str]:
     """What the checkpoint holds, such as ``optimizer.state.0.weight.exp_avg``."""
-    return list(FileSystemReader(path).read_metadata().state_dict_metadata)
+    return list(CheckpointReader(path).read_metadata().state_dict_metadata)
 
 
 def _leave_out_unmoved(optimizer_state: Any, saved: Iterable[str]) -> None:
