@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch import options
 from launch.bundled import find_config
 from launch.ray_cluster import add_working_directory
 from orchestrator.config import RunConfig, load_config
@@ -40,9 +41,10 @@ _PLAIN_WIDTH = 120  # columns, where no terminal says its own
     show_default=True,
     help="Measure each layer besides the whole, or only the whole.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key: section.key=value.")
+@options.overrides
+@options.no_plugins
 def probe_command(
-    config: str, checkpoint: Path | None, samples: int | None, groups: str, overrides: tuple[str, ...]
+    config: str, checkpoint: Path | None, samples: int | None, groups: str, overrides: tuple[str, ...], no_plugins: bool
 ) -> None:
     """Measure the noise scale of CONFIG's model without training it, and say what batch would follow.
 
@@ -53,7 +55,7 @@ def probe_command(
     """
     add_working_directory()
     try:
-        settings = load_config(find_config(config), overrides)
+        settings = load_config(find_config(config), overrides, plugins=not no_plugins)
         from orchestrator.runtime.probe import probe
 
         found = probe(settings, checkpoint=checkpoint, samples=samples, by_layer=groups == "layers")

@@ -18,6 +18,7 @@ from typing import Any
 import click
 import yaml
 
+from launch import options
 from launch.bundled import find_config
 from launch.doctor import unreachable
 from launch.jobs import Interrupts, Job, quiet_libraries
@@ -34,7 +35,8 @@ _LOCAL_CLUSTER = "local"
 
 @click.command("run")
 @click.argument("config")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key: section.key=value.")
+@options.overrides
+@options.no_plugins
 @click.option(
     "--runtime",
     type=click.Choice(["ray", "torchrun", "local"]),
@@ -59,6 +61,7 @@ _LOCAL_CLUSTER = "local"
 def run_command(
     config: str,
     overrides: tuple[str, ...],
+    no_plugins: bool,
     runtime: str,
     run_dir: str | None,
     resume: bool,
@@ -75,11 +78,12 @@ def run_command(
         raise click.UsageError(f"--address names a Ray cluster, which --runtime {runtime} does not use")
     add_working_directory()
     command = ["groundswell", "run", config, *(part for override in overrides for part in ("--set", override))]
+    command += ["--no-plugins"] if no_plugins else []
     command += [] if runtime == "ray" else ["--runtime", runtime]
     command += [] if run_dir is None else ["--run-dir", run_dir]
     command += [] if address == _LOCAL_CLUSTER else ["--address", address]
     try:
-        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)])
+        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
         resume = resume or (auto_resume and folder.exists(Path(settings.run.dir) / settings.run.name))
         code = run(settings, runtime=runtime, resume=resume, address=address, command=shlex.join(command))
     except GroundswellError as error:

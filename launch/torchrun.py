@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from launch import options
 from launch.bundled import find_config
 from launch.jobs import quiet_libraries
 from launch.live import say, show_plain
@@ -34,11 +35,19 @@ _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|remote proces
 
 @click.command()
 @click.argument("config")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key: section.key=value.")
+@options.overrides
+@options.no_plugins
 @click.option("--run-dir", metavar="DIR", help="Keep the run in DIR/<run.name> instead of under run.dir.")
 @click.option("--resume", is_flag=True, help="Go on with a run that exists.")
 @click.option("--for-process", type=int, hidden=True, help="Say nothing, and stop when that process is gone.")
-def main(config: str, overrides: tuple[str, ...], run_dir: str | None, resume: bool, for_process: int | None) -> None:
+def main(
+    config: str,
+    overrides: tuple[str, ...],
+    no_plugins: bool,
+    run_dir: str | None,
+    resume: bool,
+    for_process: int | None,
+) -> None:
     """Train CONFIG in the processes that torchrun started."""
     if "RANK" not in os.environ:
         raise click.UsageError(
@@ -49,7 +58,7 @@ def main(config: str, overrides: tuple[str, ...], run_dir: str | None, resume: b
     add_working_directory()
     quiet_libraries()
     try:
-        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)])
+        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
         _train(settings, rank=rank, resume=resume, for_process=for_process)
     except ConfigError as error:
         if rank == 0:  # all ranks read the same

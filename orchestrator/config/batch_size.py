@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from orchestrator.config.section import Broken, Section, default_of, name_of, refuse
+from orchestrator.config.section import Broken, NameOf, Section, default_of, refuse
 
 ESTIMATORS = ("micro_batch", "per_example", "norm_layers", "split")
 # Of the bundled language model (LR constant) the slope fell 1.8-fold after 4,096 samples, and by 8 % after this many.
@@ -98,7 +98,7 @@ class BatchSection(Section):
 class MeasureSection(Section):
     """How the gradient noise is measured."""
 
-    estimator: Annotated[str, AfterValidator(name_of(ESTIMATORS, "an estimator"))] = Field(
+    estimator: Annotated[str, AfterValidator(NameOf(ESTIMATORS, "an estimator"))] = Field(
         default="micro_batch",
         description="[name] what gradients are compared: micro_batch, those of all micro-batches of a step; "
         "per_example, those of all samples (least noise, and one micro-batch is enough; a step takes up to a quarter "
@@ -157,7 +157,7 @@ class ControllerSection(Section):
     mode: Literal["act", "advise"] = Field(
         default="act", description="[name] act, or advise: measure and say what would be done, but never do it"
     )
-    policy: Annotated[str, AfterValidator(name_of(POLICIES, "a policy"))] = Field(
+    policy: Annotated[str, AfterValidator(NameOf(POLICIES, "a policy"))] = Field(
         default="noise_scale",
         description="[name] fixed, schedule (the ramp), decay_to_growth (the batch grows where the LR schedule would "
         "decay), noise_scale, tradeoff (steps against samples), norm_test, goodput (samples a second x what they are "

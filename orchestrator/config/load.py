@@ -10,14 +10,17 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.config.error_messages import explain
+from orchestrator.config.plugins import refuse_plugins
 from orchestrator.config.run_config import RunConfig
 from orchestrator.config.yaml_reader import Source
 from orchestrator.config.yaml_writer import excerpt
 from orchestrator.errors import ConfigError, Problem
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, plugins: bool = True) -> RunConfig:
     """Read ``path``, apply ``section.key=value`` overrides in order, and check everything.
+
+    ``plugins=False`` refuses names of code to import, so that a config from elsewhere runs only what is built in.
 
     Raises ``ConfigError`` with every problem found: file, line, key, value, the rule, and what to write.
     """
@@ -35,6 +38,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         explain(error, source)
         config = None
+    if config is not None and not plugins:
+        refuse_plugins(config, source)
     if source.problems or config is None:
         raise ConfigError(*sorted(source.problems, key=lambda p: (p.source != str(path), p.line or 0)))
     return config

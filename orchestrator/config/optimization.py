@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.config.section import Broken, Section, default_of, foreign_keys, given_keys, name_of, refuse
+from orchestrator.config.section import Broken, NameOf, Section, default_of, foreign_keys, given_keys, refuse
 from orchestrator.core.companions import Memory
 from orchestrator.core.families import members
 
@@ -52,7 +52,7 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSection(Section):
     """The optimizer, and the learning rate at batch.initial."""
 
-    name: Annotated[str, AfterValidator(name_of(OPTIMIZER_KEYS, "an optimizer"))] = Field(
+    name: Annotated[str, AfterValidator(NameOf(OPTIMIZER_KEYS, "an optimizer"))] = Field(
         description="[name] sgd, adam, adamw, lars, lamb, lans, clars, vr_sgd, vr_adam, vr_lamb, or module:attribute"
     )
     lr: float = Field(gt=0, description="[rate] learning rate at batch.initial; schedule and lr_rule multiply it")
@@ -132,7 +132,7 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     """The learning rate over the samples seen, as a fraction of optimizer.lr."""
 
-    name: Annotated[str, AfterValidator(name_of(SCHEDULE_KEYS, "a schedule"))] = Field(
+    name: Annotated[str, AfterValidator(NameOf(SCHEDULE_KEYS, "a schedule"))] = Field(
         default="constant", description="[name] constant, cosine, linear, step, wsd, one_cycle, or module:attribute"
     )
     warmup_samples: int = Field(default=0, ge=0, description="[samples] the rate first rises over so many")
@@ -198,7 +198,7 @@ class ScheduleSection(Section):
 class LrRuleSection(Section):
     """How the learning rate follows the batch."""
 
-    name: Annotated[str, AfterValidator(name_of(LR_RULE_KEYS, "a rule"))] = Field(
+    name: Annotated[str, AfterValidator(NameOf(LR_RULE_KEYS, "a rule"))] = Field(
         default="auto",
         description=f"[name] auto (noise_scale for {', '.join(members('sgd'))}; sqrt for {', '.join(members('adam'))}),"
         " constant, linear, sqrt, power, noise_scale, adascale (noise_scale with exponent 1), surge, sde (sqrt, with "

@@ -54,20 +54,22 @@ def is_import_path(name: str) -> bool:
     return _IMPORT_PATH.fullmatch(name) is not None and not name.partition(":")[0].endswith(".py")
 
 
-def name_of(known: Collection[str], what: str) -> Callable[[str], str]:
+@dataclass(frozen=True, slots=True)
+class NameOf:
     """A check for fields that name something built in or something to import."""
 
-    def check(name: str) -> str:
-        if name in known or is_import_path(name):
+    known: Collection[str]
+    what: str
+
+    def __call__(self, name: str) -> str:
+        if name in self.known or is_import_path(name):
             return name
         fix = import_hint(name)
-        if fix is None and (guess := nearest(name, known)):
+        if fix is None and (guess := nearest(name, self.known)):
             fix = f"did you mean {guess}?"
-        rule = f"must be one of {', '.join(known)}, or package.module:attribute for {what} of your own"
+        rule = f"must be one of {', '.join(self.known)}, or package.module:attribute for {self.what} of your own"
         refuse([Broken(keys=(), value=name, rule=rule, fix=fix)])
         return name
-
-    return check
 
 
 def default_of(by_name: Mapping[str, Any]) -> Callable[[dict[str, Any]], Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.config.section import Broken, Section, name_of, refuse
+from orchestrator.config.section import Broken, NameOf, Section, refuse
 
 TASKS = ("digits", "char_lm")
 
@@ -65,7 +65,7 @@ class RunSection(Section):
 class TaskSection(Section):
     """What is trained."""
 
-    name: Annotated[str, AfterValidator(name_of(TASKS, "a task"))] = Field(
+    name: Annotated[str, AfterValidator(NameOf(TASKS, "a task"))] = Field(
         description="[name] digits, char_lm, or package.module:factory for a task of your own"
     )
     options: Annotated[dict[str, Any], AfterValidator(_plain_options)] = Field(
