@@ -56,7 +56,8 @@ def show_plain(progress: Progress, *, going: Callable[[], bool], tick: Callable[
             say(plain_line(progress, progress.now))
         if not on:
             return
-        time.sleep(_REFRESH_S)
+        if not progress.behind:
+            time.sleep(_REFRESH_S)
 
 
 def _show_panel(progress: Progress, console: Console, *, going: Callable[[], bool], tick: Callable[[], None]) -> None:
@@ -64,7 +65,11 @@ def _show_panel(progress: Progress, console: Console, *, going: Callable[[], boo
         while True:
             on = going()
             progress.update()
+            for line in progress.heard:
+                console.print(Text(line))  # above the panel
             tick()
+            if on and progress.behind:
+                continue
             live.update(panel(progress, events=max(1, min(6, console.height - _PANEL_LINES))), refresh=True)
             if not on:
                 return
@@ -163,7 +168,7 @@ def say(line: str, *, error: bool = False) -> None:
     """Print a line; a reader that went away (``| head``, a closed terminal) is no reason to end training."""
     stream = sys.stderr if error else sys.stdout
     try:
-        print(line, file=stream, flush=True)
+        print(f"{line}\n", end="", file=stream, flush=True)  # in one piece: threads speak too
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

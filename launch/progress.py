@@ -1,4 +1,4 @@
-"""What has come of a run, read from its folder while it trains: the newest numbers, and what is worth telling.
+"""What has come of a run, read while it trains: the newest numbers, and what is worth telling.
 
 What is kept in ``events.jsonl`` is more than anybody reads while it happens: a decision to keep the batch, a plan or a
 checkpoint is not told; a growth, a resize, a fault, a warning and an evaluation are.
@@ -6,15 +6,13 @@ checkpoint is not told; a growth, a resize, a fault, a warning and an evaluation
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, final
 
-from orchestrator.runtime import folder
+from launch.sources import Source
 
 _RATE_OVER_S = 30.0  # speed and time left look back this far, so that they follow a resize
 _FAULT_WIDTH = 120
@@ -22,69 +20,53 @@ _NOT_METRICS = ("attempt", "step", "samples_seen")
 
 
 @final
-class Tail:
-    """The lines that are added to a file from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        whole = data.rfind(b"\n") + 1
-        self._offset += whole
-        return [json.loads(line) for line in data[:whole].splitlines() if line.strip()]
-
-
-@final
 class Progress:
     """What has come of a run since this was made: the newest numbers, and what is worth telling."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._metrics, self._evals, self._events = (
-            Tail(path / name) for name in (folder.METRICS, folder.EVALS, folder.EVENTS)
-        )
-        self._clock = clock
-        self.name = path.name
+    def __init__(self, source: Source, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._source, self._clock = source, clock
+        self.name = source.name
         self.began_s = clock()
         self.start: dict[str, Any] | None = None  # the newest event that training began with
         self.now: dict[str, Any] | None = None  # the newest line of metrics
         self.evaluation: dict[str, Any] | None = None
         self.ended: dict[str, Any] | None = None  # the event that training ended with
         self.told: list[str] = []
+        self.heard: list[str] = []  # lines of the newest update that are not of this project, such as a task's prints
         self._untold: list[str] = []
         self._batch: int | None = None
         self._wish: int | None = None
         self._reached: deque[tuple[float, int]] = deque()
 
     def tell(self, line: str) -> None:
-        """Add a line that does not come from the run's folder."""
+        """Add a line that no row holds."""
         self.told.append(line)
         self._untold.append(line)
 
     def update(self) -> list[str]:
         """Read on; returns the lines that are new."""
-        for event in self._events.read():
+        news = self._source.read()
+        for event in news.events:
             line = self._take(event)
             if line is not None:
                 self.tell(line)
-        rows = self._metrics.read()
-        if rows:
-            self.now = rows[-1]
+        if news.metrics:
+            self.now = news.metrics[-1]
             now_s = self._clock()
             self._reached.append((now_s, int(self.now["samples_seen"])))
             while len(self._reached) > 2 and self._reached[1][0] < now_s - _RATE_OVER_S:
                 self._reached.popleft()
-        for row in self._evals.read():
+        for row in news.evals:
             self.evaluation = row
             self.tell(f"held out at {row['samples_seen']:,} samples: {metrics_text(row)}")
+        self.heard = list(news.lines)
         untold, self._untold = self._untold, []
-        return untold
+        return [*self.heard, *untold]
+
+    @property
+    def behind(self) -> bool:
+        """Whether there is more to read at once."""
+        return self._source.behind
 
     @property
     def total_samples(self) -> int | None:

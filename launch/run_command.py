@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from launch import options
 from launch.bundled import find_config
 from launch.doctor import unreachable
 from launch.jobs import Interrupts, Job, quiet_libraries
+from launch.json_rows import JsonRows, show_json
 from launch.live import duration, say, show
 from launch.progress import Progress, counted, metrics_text
 from launch.ray_cluster import add_working_directory
+from launch.sources import FolderRows
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
@@ -58,6 +61,13 @@ _LOCAL_CLUSTER = "local"
     metavar="ADDRESS",
     help="Ray cluster to use; local starts one.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="What is printed: for people, or a JSON object a line for programs that follow.",
+)
 def run_command(
     config: str,
     overrides: tuple[str, ...],
@@ -67,6 +77,7 @@ def run_command(
     resume: bool,
     auto_resume: bool,
     address: str,
+    log_format: str,
 ) -> None:
     """Train CONFIG: a path, or the name of a bundled config (groundswell config list).
 
@@ -85,7 +96,14 @@ def run_command(
     try:
         settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
         resume = resume or (auto_resume and folder.exists(Path(settings.run.dir) / settings.run.name))
-        code = run(settings, runtime=runtime, resume=resume, address=address, command=shlex.join(command))
+        code = run(
+            settings,
+            runtime=runtime,
+            resume=resume,
+            address=address,
+            command=shlex.join(command) if log_format == "text" else None,
+            log_format=log_format,
+        )
     except GroundswellError as error:
         say(str(error), error=True)
         code = EXIT_REFUSED
@@ -96,27 +114,34 @@ def run_command(
     sys.exit(code)
 
 
-def run(settings: RunConfig, *, runtime: str, resume: bool, address: str, command: str) -> int:
-    """Train ``settings`` and return the exit code; ``command`` is the one that was typed, without ``--resume``.
+def run(
+    settings: RunConfig, *, runtime: str, resume: bool, address: str, command: str | None, log_format: str = "text"
+) -> int:
+    """Train ``settings`` and return the exit code.
+
+    ``command`` is the one that was typed, without ``--resume``; ``None`` where who reads this knows another.
 
     Raises ``RunFolderError`` before anything heavy is imported.
     """
     path = Path(settings.run.dir) / settings.run.name
     folder.check(path, resume=resume)
+    rows = JsonRows(FolderRows(path)) if log_format == "json" else None
+    speak = say if rows is None else rows.tell
     if resume and is_finished(settings, path):
-        say(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
+        speak(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
         return 0
     silence = unreachable(address)
     if silence is not None:
         say(f"{silence}; start a head with ray start --head, or name its address", error=True)
         return EXIT_REFUSED
-    say(f"{settings.run.name}: task {settings.task.name}, runtime {runtime}, folder {path}")
+    speak(f"{settings.run.name}: task {settings.task.name}, runtime {runtime}, folder {path}")
     if runtime == "local" and settings.workers.initial > 1:
-        say(f"workers.initial is {settings.workers.initial}; --runtime local trains with this process alone")
+        speak(f"workers.initial is {settings.workers.initial}; --runtime local trains with this process alone")
     quiet_libraries()
-    progress = Progress(path)
+    progress = Progress(FolderRows(path) if rows is None else rows)
+    tell = progress.tell if rows is None else rows.tell
     with Interrupts() as interrupts:
-        job = Job(settings, runtime=runtime, resume=resume, address=address, tell=progress.tell)
+        job = Job(settings, runtime=runtime, resume=resume, address=address, tell=tell)
         asked = False
 
         def tick() -> None:
@@ -129,10 +154,13 @@ def run(settings: RunConfig, *, runtime: str, resume: bool, address: str, comman
             (path / folder.STOP_REQUEST).touch()  # again and again: a recovery on the way begins without it
             if not asked:
                 asked = True
-                progress.tell("stopping after this step, with a checkpoint (Ctrl-C again to stop at once) ...")
+                tell("stopping after this step, with a checkpoint (Ctrl-C again to stop at once) ...")
 
         try:
-            show(progress, going=lambda: job.running, tick=tick)
+            if rows is None:
+                show(progress, going=lambda: job.running, tick=tick)
+            else:
+                show_json(progress, rows, going=lambda: job.running, tick=tick)
         except _EndNowError:
             job.kill()
             say(f"Stopped {'at once' if progress.start is not None else 'before the first step'}.", error=True)
@@ -143,14 +171,14 @@ def run(settings: RunConfig, *, runtime: str, resume: bool, address: str, comman
             raise
     with suppress(NotADirectoryError):  # the run's folder could not be made; the job's error says so
         (path / folder.STOP_REQUEST).unlink(missing_ok=True)
-    return _conclude(path, job, progress, command=command)
+    return _conclude(path, job, progress, command=command, speak=speak)
 
 
 class _EndNowError(Exception):
     pass
 
 
-def _conclude(path: Path, job: Job, progress: Progress, *, command: str) -> int:
+def _conclude(path: Path, job: Job, progress: Progress, *, command: str | None, speak: Callable[[str], None]) -> int:
     if job.error is not None:
         if isinstance(job.error, GroundswellError) and progress.start is None:
             raise job.error
@@ -165,7 +193,7 @@ def _conclude(path: Path, job: Job, progress: Progress, *, command: str) -> int:
                 say(line, error=True)
         _say_resume(path, command)
         return EXIT_STOPPED
-    say(summary(path, took_s=progress.running_s))
+    speak(summary(path, took_s=progress.running_s))
     return 0
 
 
@@ -226,7 +254,9 @@ def run_dir_override(run_dir: str | None) -> list[str]:
     return [] if run_dir is None else [f"run.dir={json.dumps(run_dir, ensure_ascii=False)}"]
 
 
-def _say_resume(path: Path, command: str) -> None:
+def _say_resume(path: Path, command: str | None) -> None:
+    if command is None:
+        return
     saved = any((path / "checkpoints").glob("step-*"))
     try:
         folder.check(path, resume=True)

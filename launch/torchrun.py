@@ -24,6 +24,7 @@ from launch.live import say, show_plain
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.run_command import EXIT_FAILED, EXIT_REFUSED, run_dir_override, summary
+from launch.sources import FolderRows
 from launch.spawn import OTHERS, OURS, said_line
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import ConfigError, GroundswellError, SessionError
@@ -162,7 +163,7 @@ def _watch(path: Path, *, over: threading.Event, for_process: int | None) -> thr
     """Show the run in plain lines, or, when another process does, stop once that is gone."""
 
     def lines() -> None:
-        progress = Progress(path)
+        progress = Progress(FolderRows(path))
         show_plain(progress, going=lambda: not over.is_set())
         ended = None if progress.ended is None else progress.ended["kind"]
         if ended == "finished":

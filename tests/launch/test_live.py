@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from launch import live
-from launch.progress import Progress, Tail
+from launch.progress import Progress
+from launch.sources import FolderRows, Tail
 
 ROOT = Path(__file__).resolve().parents[2]
 START = {
@@ -42,7 +43,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.clock = folder, Clock()
-        self.progress = Progress(folder, clock=self.clock)
+        self.progress = Progress(FolderRows(folder), clock=self.clock)
 
     def event(self, kind: str, **rest: Any) -> list[str]:
         base = START if kind in ("started", "resumed") else EVENT
