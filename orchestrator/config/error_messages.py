@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -31,9 +32,14 @@ def explain(error: ValidationError, source: Source) -> None:
 
 
 def _explain_rule(loc: KeyPath, broken: Broken, source: Source) -> None:
-    paths = [loc + tuple(part for part in key.split(".") if part) for key in broken.keys] or [loc]
+    paths = [loc + _parts(key) for key in broken.keys] or [loc]
     value = None if broken.value is None else excerpt(broken.value)
     source.add_problem(paths, value, broken.rule, broken.fix)
+
+
+def _parts(key: str) -> KeyPath:
+    """``cluster.worker_groups[0].name`` as a path."""
+    return tuple(int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\[\d+\]|[^.[]+|\[", key))
 
 
 def _wording(kind: str, loc: KeyPath, value: Any, ctx: dict[str, Any], message: str) -> tuple[str, str | None]:
@@ -92,8 +98,9 @@ def _missing(loc: KeyPath, model: type[BaseModel] | None, unit: str, about: str)
     if isinstance(loc[-1], int):
         return f"one is missing: {unit}", f"write as in {_example(loc)}"
     if model is not None:
-        needed = ", ".join(f"{loc[0]}.{name}" for name, field in model.model_fields.items() if field.is_required())
-        return "this section must be given", f"give {needed}" if needed else "give train.epochs or train.samples"
+        needed = ", ".join(f"{dotted(loc)}.{name}" for name, field in model.model_fields.items() if field.is_required())
+        choice = "train.epochs or train.samples" if loc == ("train",) else f"one of {', '.join(model.model_fields)}"
+        return "this section must be given", f"give {needed or choice}"
     return "must be given", f"it is {about} ({unit})"
 
 
@@ -102,17 +109,21 @@ def _unknown_key(loc: KeyPath) -> tuple[str, str | None]:
     siblings = list((model or RunConfig).model_fields)
     inside = dotted(loc[:-1])
     rule = f"no such key in {inside}" if inside else "no such section"
-    sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in RunConfig.model_fields.items()}
+    sections = {name: getattr(model_in(f.annotation), "model_fields", {}) for name, f in RunConfig.model_fields.items()}
     guess = likely_key(str(loc[-1]), siblings, inside, sections)
     return rule, f"did you mean {guess}?" if guess else f"the keys are {', '.join(siblings)}"
 
 
 def _example(loc: KeyPath) -> str:
-    return {
+    examples = {
         "betas": "betas: [0.9, 0.999]",
         "milestones_samples": "milestones_samples: [20000, 40000]",
         "ramp": "ramp: [[20000, 64], [40000, 128]]",
-    }.get(str(next((part for part in loc[1:] if isinstance(part, str)), "")), "[1, 2]")
+        "worker_groups": "worker_groups: [{name: pods, memory_gib: 16}]",
+        "tolerations": "tolerations: [{key: spot}]",
+        "image_pull_secrets": "image_pull_secrets: [my-registry]",
+    }
+    return next((examples[str(part)] for part in reversed(loc) if part in examples), "[1, 2]")
 
 
 def _lookup(loc: KeyPath) -> tuple[FieldInfo | None, type[BaseModel] | None]:
@@ -126,6 +137,12 @@ def _lookup(loc: KeyPath) -> tuple[FieldInfo | None, type[BaseModel] | None]:
         if found is None:
             return field if model is None else None, None
         field = found
-        inner = field.annotation
-        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        model = model_in(field.annotation)
     return field, model
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section in an annotation: itself, or the one that may be null, stands in a list or under names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := model_in(inner))), None)

@@ -17,10 +17,12 @@ from orchestrator.config.batch_size import (
     ControllerSection,
     MeasureSection,
 )
+from orchestrator.config.cluster import ClusterSection
 from orchestrator.config.execution import CheckpointSection, DataSection, RecoverySection, WorkersSection
 from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
 from orchestrator.config.section import Broken, Section, refuse
 from orchestrator.config.training import EvaluationSection, RunSection, TaskSection, TrainSection
+from orchestrator.config.worker_pods import cluster_rules
 from orchestrator.core.branching import FEWEST_STEPS
 from orchestrator.core.companions import IN_SAMPLES, RESCALED_OPTIMIZERS, SDE_OPTIMIZERS, largest_batch
 from orchestrator.core.families import FAMILIES, PRECONDITIONED_OPTIMIZERS
@@ -58,6 +60,10 @@ class RunConfig(Section):
         default_factory=CheckpointSection, description="[section] when all that a run needs to go on is saved"
     )
     recovery: RecoverySection = Field(default_factory=RecoverySection, description="[section] what a run survives")
+    cluster: ClusterSection | None = Field(
+        default=None,
+        description="[section] image, pods and storage on a Kubernetes cluster; only groundswell k8s reads it",
+    )
     ledger: bool = Field(
         default=False, description="[true or false] write which samples each step consumed, to prove exactly-once"
     )
@@ -73,6 +79,7 @@ class RunConfig(Section):
                 *self._decay_rules(),
                 *self._measure_rules(),
                 *self._time_rules(),
+                *(cluster_rules(self.cluster, self.workers, self.run.name) if self.cluster is not None else []),
             ]
         )
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -21,27 +22,41 @@ def to_yaml(config: RunConfig, comments: bool = True) -> str:
     """The resolved config as text that ``load_config`` reads back to an equal one; ``comments`` explains each key."""
     lines = [f"# The resolved configuration of run {config.run.name}."] if comments else []
 
-    def comment(text: str, indent: str) -> None:
-        if comments:
-            lines.extend(textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "))
-
     for name, field in type(config).model_fields.items():
         section = getattr(config, name)
         if comments:
             lines.append("")
-        if not isinstance(section, BaseModel):
-            comment(field.description or "", "")
+            lines.extend(_comment((field.description or "").removeprefix("[section] "), ""))
+        if isinstance(section, BaseModel):
+            lines.append(f"{name}:")
+            lines.extend(_section(section, "  ", comments))
+        else:
             lines.append(f"{name}: {inline(section)}")
-            continue
-        comment((field.description or "").removeprefix("[section] "), "")
-        lines.append(f"{name}:")
-        for key, described in type(section).model_fields.items():
-            value = getattr(section, key)
-            if value is None and described.default_factory is not None:
-                continue  # a key of another optimizer or schedule
-            comment(described.description or "", "  ")
-            lines.append(f"  {key}: {inline(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _section(section: BaseModel, indent: str, comments: bool) -> Iterator[str]:
+    """The keys of a section, and of the sections in it; in a list each of them has a dash of its own."""
+    for key, described in type(section).model_fields.items():
+        value = getattr(section, key)
+        if value is None and described.default_factory is not None:
+            continue  # a key of another optimizer or schedule
+        if comments:
+            yield from _comment(described.description or "", indent)
+        if isinstance(value, BaseModel):
+            yield f"{indent}{key}:"
+            yield from _section(value, indent + "  ", comments)
+        elif isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value):
+            yield f"{indent}{key}:"
+            for item in value:
+                yield f"{indent}  -"
+                yield from _section(item, indent + "    ", comments)
+        else:
+            yield f"{indent}{key}: {inline(value)}"
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
 def excerpt(value: Any) -> str:
@@ -60,6 +75,8 @@ def inline(value: Any) -> str:
         return _float(value)
     if isinstance(value, str):
         return quoted(value) if not _PLAIN_TEXT.fullmatch(value) or _is_word_of_yaml(value) else value
+    if isinstance(value, BaseModel):
+        return inline({key: getattr(value, key) for key in type(value).model_fields})
     if isinstance(value, dict):
         return "{" + ", ".join(f"{inline(k)}: {inline(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):

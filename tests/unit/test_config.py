@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.config.batch_size import POLICIES as POLICY_NAMES
+from orchestrator.config.error_messages import model_in
 from orchestrator.config.optimization import LR_RULE_KEYS
 from orchestrator.core.lr_rules import LR_RULES
 from orchestrator.core.policies import POLICIES
@@ -47,8 +48,8 @@ def write(folder: Path, text: str) -> Path:
 def sections() -> list[tuple[str, type[BaseModel]]]:
     found = []
     for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found.append((name, field.annotation))
+        if model := model_in(field.annotation):
+            found.append((name, model))
     return found
 
 
@@ -83,6 +84,9 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "evaluation": "every_samples",
         "checkpoint": "every_samples keep",
         "recovery": "max_failures",
+        "cluster": "image image_pull_secrets name namespace service_account head worker_groups storage "
+        "active_deadline_s pre_running_deadline_s ttl_s backoff_limit idle_timeout_s kueue pod_monitor env secret_env "
+        "labels annotations",
     }
     assert {name: set(model.model_fields) for name, model in sections()} == {
         k: set(v.split()) for k, v in shape.items()
