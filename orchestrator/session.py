@@ -14,7 +14,6 @@ the learning rate, changes of plan and checkpoints happen inside; the model and 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -53,8 +52,6 @@ from orchestrator.runtime.update import WeightUpdate, check_parts
 from orchestrator.runtime.worker import Worker, local_worker
 from orchestrator.tasks.protocol import check_dataset
 from orchestrator.types import BatchPlan
-
-logger = logging.getLogger(__name__)
 
 
 @final
