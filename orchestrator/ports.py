@@ -96,3 +96,34 @@ class Brain(Protocol):
     def record(self) -> BrainRecord:
         """What to save with a checkpoint of this moment."""
         ...
+
+
+class Tracker(Protocol):
+    """Follows a run beside its folder, on a service or a screen: it is given each line as the run's file gets it.
+
+    Rank zero calls it, from the training thread, which must not wait: who talks to a network does so in a thread of
+    its own. A tracker that raises is dropped, with an event that says so, and the run goes on. Numbers in a row may be
+    ``None``, where they are not known, and NaN.
+    """
+
+    name: str
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A line of ``metrics.jsonl``."""
+        ...
+
+    def event(self, row: Mapping[str, Any]) -> None:
+        """A line of ``events.jsonl``; ``finished``, ``stopped`` or ``fault`` says how the run ends."""
+        ...
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """A line of ``evals.jsonl``."""
+        ...
+
+    def groups(self, row: Mapping[str, Any]) -> None:
+        """A line of ``groups.jsonl``."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more comes from this process; without an ending before it the run goes on in another one."""
+        ...

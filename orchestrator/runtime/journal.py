@@ -29,6 +29,7 @@ from orchestrator.runtime.closing_advice import closing_advice
 from orchestrator.runtime.folder import RunWriter
 from orchestrator.runtime.outlook import Outcome, Outlook
 from orchestrator.runtime.scalars import ScalarBoard
+from orchestrator.runtime.trackers import Trackers
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import Action, ApplyPlan, BatchPlan, GradMeasured, Keep, NoiseStats, decided_batch
 
@@ -64,7 +65,7 @@ class Journal:
         self._groups: dict[str, NoiseState] = {}
         self._outlook = Outlook()
         self._writer: RunWriter | None = None
-        self._board: ScalarBoard | None = None
+        self._trackers = Trackers(worker.trackers)
         # What rank zero saw at the steps whose decisions are on their way.
         self._decided_from: dict[int, tuple[int, NoiseStats]] = {}
 
@@ -134,8 +135,6 @@ class Journal:
         }
         if finished.lr != sample.lr:
             row["rule_lr"] = sample.lr  # only where the momentum follows the batch; a replay goes by it
-        if self._board is not None:
-            self._board.add(row, now=self._worker.now())
         return row
 
     def _fresh_stats(self, *, decides: bool) -> NoiseStats:
@@ -191,14 +190,9 @@ class Journal:
             found = {name: noise.stats(state, self._rules.noise) for name, state in self._groups.items()}
             entries = {name: groups.entry(stats) for name, stats in found.items()}
             self._append(folder.GROUPS, {"step": sums.step, "samples_seen": sums.samples_seen, "groups": entries})
-            if self._board is not None:
-                noise_scales = {name: stats.noise_scale for name, stats in found.items()}
-                self._board.add_groups(noise_scales, samples_seen=sums.samples_seen)
 
     def evaluation(self, metrics: Mapping[str, float], *, step: int, samples_seen: int) -> None:
         self._append(folder.EVALS, {"step": step, "samples_seen": samples_seen, **metrics})
-        if self._board is not None:
-            self._board.add_evaluation(metrics, samples_seen=samples_seen)
 
     @property
     def decisions_on_their_way(self) -> list[int]:
@@ -237,7 +231,7 @@ class Journal:
         self, welcome: Welcome, model: nn.Module, *, checkpoint: Path | None, step: int, samples_seen: int
     ) -> None:
         assert self._writer is not None, "open() comes first"
-        self._board = ScalarBoard(self._writer.folder / "tensorboard")
+        self._follow(self._writer.folder)
         plan = welcome.now.plan
         self.event(
             "started" if checkpoint is None else "resumed",
@@ -277,8 +271,11 @@ class Journal:
         self._append(folder.EVENTS, row | {"reason": reason} | evidence)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
+        try:
+            self._write_notes()
+        except StorageError:
+            logger.exception("what the trackers said at their end could not be written down")
         if self._writer is not None:
             self._writer.close()
 
@@ -293,9 +290,18 @@ class Journal:
         logger.warning("%s", reason)
         self.event("warning", reason=reason, step=step, samples_seen=samples_seen)
 
+    def _follow(self, path: Path) -> None:
+        self._trackers.add(lambda: ScalarBoard(path / "tensorboard", now=self._worker.now), name="tensorboard")
+
     def _append(self, name: str, *rows: Mapping[str, Any]) -> None:
         if self._writer is not None:
             self._writer.append(name, *rows)
+            self._trackers.take(name, rows)
+            self._write_notes()
+
+    def _write_notes(self) -> None:
+        for note in self._trackers.notes():
+            self.note(note, step=None, samples_seen=None)
 
 
 def versions() -> dict[str, str]:

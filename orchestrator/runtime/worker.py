@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.config import RunConfig
-from orchestrator.ports import Brain, Collective
+from orchestrator.ports import Brain, Collective, Tracker
 from orchestrator.runtime.brain import LocalBrain
 from orchestrator.runtime.collective import ProcessGroupCollective, Solo
 
@@ -41,6 +41,7 @@ class Worker:
     report_checkpoint: Callable[[str], None] = _report_nothing
     resize_cost_s: float | None = None  # of the resize that led here, if one did
     folder_ready: bool = False  # the launcher has made or checked the run's folder
+    trackers: tuple[Tracker, ...] = ()  # that follow the run besides those of the config; used on rank zero
 
     @property
     def rank(self) -> int:
