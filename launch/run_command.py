@@ -31,6 +31,7 @@ from launch.sources import FolderRows
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
+from orchestrator.runtime.tracking import check_libraries
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 _LOCAL_CLUSTER = "local"
@@ -121,10 +122,11 @@ def run(
 
     ``command`` is the one that was typed, without ``--resume``; ``None`` where who reads this knows another.
 
-    Raises ``RunFolderError`` before anything heavy is imported.
+    Raises ``RunFolderError`` and ``ConfigError`` before anything heavy is imported.
     """
     path = Path(settings.run.dir) / settings.run.name
     folder.check(path, resume=resume)
+    check_libraries(settings)
     rows = JsonRows(FolderRows(path)) if log_format == "json" else None
     speak = say if rows is None else rows.tell
     if resume and is_finished(settings, path):

@@ -21,6 +21,7 @@ from orchestrator.config.cluster import ClusterSection
 from orchestrator.config.execution import CheckpointSection, DataSection, RecoverySection, WorkersSection
 from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
 from orchestrator.config.section import Broken, Section, refuse
+from orchestrator.config.tracking import TrackingSection
 from orchestrator.config.training import EvaluationSection, RunSection, TaskSection, TrainSection
 from orchestrator.config.worker_pods import cluster_rules
 from orchestrator.core.branching import FEWEST_STEPS
@@ -63,6 +64,9 @@ class RunConfig(Section):
     cluster: ClusterSection | None = Field(
         default=None,
         description="[section] image, pods and storage on a Kubernetes cluster; only groundswell k8s reads it",
+    )
+    tracking: TrackingSection = Field(
+        default_factory=TrackingSection, description="[section] which services follow the run besides its folder"
     )
     ledger: bool = Field(
         default=False, description="[true or false] write which samples each step consumed, to prove exactly-once"

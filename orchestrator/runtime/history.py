@@ -31,6 +31,7 @@ from orchestrator.runtime.checkpoints import CheckpointStore
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.journal import FinishedStep, Journal
 from orchestrator.runtime.rng import restore_rng, save_rng
+from orchestrator.runtime.tracking import check_libraries
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import ApplyPlan, Branched, Event, Target
 
@@ -298,7 +299,11 @@ class History:
 
 
 def prepare(config: RunConfig, *, resume: bool) -> Path:
-    """Make a new run's folder with its resolved config, or check the one to resume. Raises ``RunFolderError``."""
+    """Make a new run's folder with its resolved config, or check the one to resume.
+
+    Raises ``RunFolderError``, and ``ConfigError`` for a library that the config needs and that is not there.
+    """
+    check_libraries(config)
     path = run_folder(config)
     folder.create(path, resume=resume)
     try:

@@ -23,13 +23,13 @@ from orchestrator.core.noise import NoiseState
 from orchestrator.errors import StorageError
 from orchestrator.measure.estimators import find_estimator
 from orchestrator.ports import Welcome
-from orchestrator.runtime import folder
+from orchestrator.runtime import folder, tracking
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.closing_advice import closing_advice
 from orchestrator.runtime.folder import RunWriter
 from orchestrator.runtime.outlook import Outcome, Outlook
 from orchestrator.runtime.scalars import ScalarBoard
-from orchestrator.runtime.trackers import Trackers
+from orchestrator.runtime.trackers import Trackers, dropped
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import Action, ApplyPlan, BatchPlan, GradMeasured, Keep, NoiseStats, decided_batch
 
@@ -291,7 +291,11 @@ class Journal:
         self.event("warning", reason=reason, step=step, samples_seen=samples_seen)
 
     def _follow(self, path: Path) -> None:
-        self._trackers.add(lambda: ScalarBoard(path / "tensorboard", now=self._worker.now), name="tensorboard")
+        try:
+            self._trackers.add(ScalarBoard(path / "tensorboard", now=self._worker.now))
+        except OSError as error:
+            self._trackers.say(dropped(ScalarBoard.name, error))
+        tracking.follow(self._trackers, self._config, path, now=self._worker.now)
 
     def _append(self, name: str, *rows: Mapping[str, Any]) -> None:
         if self._writer is not None:

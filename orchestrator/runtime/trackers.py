@@ -34,12 +34,9 @@ class Trackers:
         self._live = list(live)
         self._notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
 
-    def add(self, make: Callable[[], Tracker], *, name: str) -> None:
-        """Let what ``make`` returns follow the run from here on."""
-        try:
-            self._live.append(make())
-        except Exception as error:
-            self.say(dropped(name, error))
+    def add(self, tracker: Tracker) -> None:
+        """Let ``tracker`` follow the run from here on."""
+        self._live.append(tracker)
 
     def take(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows that were appended to the run's ``file``."""

@@ -87,6 +87,7 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "cluster": "image image_pull_secrets name namespace service_account head worker_groups storage "
         "active_deadline_s pre_running_deadline_s ttl_s backoff_limit idle_timeout_s kueue pod_monitor env secret_env "
         "labels annotations",
+        "tracking": "mlflow_experiment wandb_project wandb_entity run_name tags every_s",
     }
     assert {name: set(model.model_fields) for name, model in sections()} == {
         k: set(v.split()) for k, v in shape.items()
