@@ -1,17 +1,17 @@
-"""The torchrun entry: ``torchrun --nproc-per-node=2 -m launch.torchrun CONFIG`` runs a config in a fixed group."""
+"""The torchrun entry: ``torchrun --nproc-per-node=2 -m launch.torchrun CONFIG`` runs a config in a process group.
+
+The group is fixed while this process lives. Where nodes may come and go (``groundswell torchrun``), the agents end it
+and begin another at each change, which goes on from what this one saved.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import re
-import signal
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +20,20 @@ import click
 from launch import options
 from launch.bundled import find_config
 from launch.jobs import quiet_libraries
+from launch.launched import Group, belongs_to, goes_on, write_note
 from launch.live import say, show_plain
+from launch.notice import Notice
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
-from launch.run_command import EXIT_FAILED, EXIT_REFUSED, run_dir_override, summary
+from launch.run_command import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, run_dir_override, summary
 from launch.sources import FolderRows
 from launch.spawn import OTHERS, OURS, said_line
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.errors import ConfigError, GroundswellError, SessionError
 from orchestrator.runtime import folder
 
-_LAUNCHED_BY = "launched.by"
+_LOCK_PATIENCE_S = 120.0  # NFS keeps the lock of a node that crashed for 90 s
+_OWN_NOTICE_PATIENCE_S = 3.0  # where nodes come, each agent sees it within some tenths of a second
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|remote process exited")  # as gloo and NCCL say it
 
 
@@ -40,6 +43,8 @@ _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|remote proces
 @options.no_plugins
 @click.option("--run-dir", metavar="DIR", help="Keep the run in DIR/<run.name> instead of under run.dir.")
 @click.option("--resume", is_flag=True, help="Go on with a run that exists.")
+@click.option("--auto-resume", is_flag=True, help="Go on with the run if it exists, else begin it.")
+@click.option("--elastic", is_flag=True, hidden=True, help="A stop may be that a node comes or goes.")
 @click.option("--for-process", type=int, hidden=True, help="Say nothing, and stop when that process is gone.")
 def main(
     config: str,
@@ -47,20 +52,24 @@ def main(
     no_plugins: bool,
     run_dir: str | None,
     resume: bool,
+    auto_resume: bool,
+    elastic: bool,
     for_process: int | None,
 ) -> None:
     """Train CONFIG in the processes that torchrun started."""
     if "RANK" not in os.environ:
         raise click.UsageError(
             "torchrun starts this: torchrun --nproc-per-node=2 -m launch.torchrun CONFIG; "
-            "or let groundswell run CONFIG --runtime torchrun do it"
+            "or let groundswell run CONFIG --runtime torchrun, or groundswell torchrun CONFIG, do it"
         )
     rank = int(os.environ["RANK"])
     add_working_directory()
     quiet_libraries()
     try:
         settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
-        _train(settings, rank=rank, resume=resume, for_process=for_process)
+        code = _train(
+            settings, rank=rank, resume=resume, auto_resume=auto_resume, elastic=elastic, for_process=for_process
+        )
     except ConfigError as error:
         if rank == 0:  # all ranks read the same
             _report(rank, OURS, str(error))
@@ -72,38 +81,60 @@ def main(
         lost = _LOST_PEER.search(str(error)) is not None
         _report(rank, OTHERS, f"lost another worker: {error}" if lost else traceback.format_exc())
         sys.exit(EXIT_FAILED)
+    sys.exit(code)
 
 
-def _train(settings: RunConfig, *, rank: int, resume: bool, for_process: int | None) -> None:
+def _train(
+    settings: RunConfig, *, rank: int, resume: bool, auto_resume: bool, elastic: bool, for_process: int | None
+) -> int:
+    """Train in the group that torchrun formed; the exit code is for the agent, which begins again at any but 0."""
     import torch
     import torch.distributed as dist
 
-    from orchestrator.runtime.history import prepare, run_folder
+    from orchestrator.runtime.history import run_folder
     from orchestrator.runtime.worker import local_worker
     from orchestrator.train import train
 
     path = run_folder(settings)
     device = _device(torch.cuda.device_count())
-    if rank == 0:
-        _prepare_once(settings, path, prepare, resume=resume)
+    group = _prepare(settings, path, resume=resume, auto_resume=auto_resume) if rank == 0 else None
     if device is not None:
         torch.cuda.set_device(device)
     _join("gloo" if device is None else "nccl")
+    worker = replace(local_worker(settings), folder_ready=True)
+    first: tuple[Group, str] = worker.collective.share((group, to_yaml(settings)))
+    if first[1] != to_yaml(settings):
+        raise SessionError(
+            f"rank {rank} on {os.uname().nodename} reads another config than rank 0: give every node the same file and "
+            "the same --set and --run-dir"
+        )
     # Not sooner: until all have met there is nothing to save, and waiting for the others would only be drawn out.
-    signal.signal(signal.SIGTERM, lambda *_: _stop_or_end(path))
+    notice = Notice(path, is_current=lambda: first[0].is_current(path))
+    notice.listen()
     over = threading.Event()
-    watch = _watch(path, over=over, for_process=for_process) if rank == 0 else None
+    progress = Progress(path)
+    watch = _watch(path, progress, over=over, for_process=for_process) if rank == 0 else None
     try:
-        train(settings, replace(local_worker(settings), folder_ready=True), resume=resume)
+        finished = train(settings, worker, resume=resume)
     finally:
+        notice.training_is_over()
         over.set()
         if watch is not None:
             watch.join()
+    noticed = not finished and worker.collective.sum([float(notice.given)])[0] > 0
+    if rank == 0 and for_process is None:
+        _say_how_it_ended(path, progress, pauses=noticed and elastic)
     # Only after success: a group that lost a member may never end. DDP's cycles keep the group, and a thread of it that
     # still runs while Python ends brings the process down (seen with torch 2.13: terminate called without an active
     # exception), so they go first.
+    del worker
     gc.collect()
     dist.destroy_process_group()
+    if not noticed or os.environ.get("GROUP_WORLD_SIZE") == "1" or notice.wait(_OWN_NOTICE_PATIENCE_S):
+        return 0
+    # Another node leaves, and its agent ends. Ours takes an exit with 0 for the run's end; at any other it meets with
+    # the agents that are left.
+    return EXIT_STOPPED
 
 
 def _join(backend: str) -> None:
@@ -111,7 +142,9 @@ def _join(backend: str) -> None:
 
     On one machine with a store of our own making: torchrun keeps one store for all restarts, in which a worker that
     was started again may find the address of one that is dead (seen with torch 2.13: connection refused). The
-    restart count tells them apart, but only within one agent: those of several machines count for themselves.
+    restart count tells them apart, but only within one agent: those of several machines count for themselves. With
+    several, ``groundswell torchrun`` has torch make a new store with each group, in rank zero's process, and no more
+    is needed.
     """
     import torch.distributed as dist
 
@@ -135,41 +168,26 @@ def _device(num_gpus: int) -> int | None:
     return local if num_gpus else None
 
 
-def _prepare_once(settings: RunConfig, path: Path, prepare: Callable[..., Path], *, resume: bool) -> None:
-    """Make the folder, but when the same torchrun agent starts its workers again, go on with the run.
+def _prepare(settings: RunConfig, path: Path, *, resume: bool, auto_resume: bool) -> Group:
+    """Rank zero: make the run's folder, or check the one to go on with, and note whose group trains there."""
+    from orchestrator.runtime.history import prepare
 
-    Torchrun's restart count does not tell: it stays the same when a worker joins.
-    """
-    agent = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"
-    note = path / _LAUNCHED_BY
-    again = note.exists() and note.read_text() == agent
-    prepare(settings, resume=resume or again)
-    note.write_text(agent)
-
-
-def _stop_or_end(path: Path) -> None:
-    """Whoever ends us gives notice with SIGTERM: the file reaches rank zero, which stops all ranks together.
-
-    Who has been asked already ends now.
-    """
-    request = path / folder.STOP_REQUEST
-    if request.exists() and time.time() - request.stat().st_mtime > 0.5:  # younger: another rank's, of the same notice
-        os._exit(128 + signal.SIGTERM)
-    with suppress(OSError):
-        request.touch()
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if launch == "none":  # what torchrun calls every launch that was given no id
+        launch += f" {os.getppid()}"
+    resume = goes_on(path, launch=launch, resume=resume, auto_resume=auto_resume)
+    if resume and (auto_resume or belongs_to(path, launch)):
+        # The rank zero before this one may be on another node, and still be dying.
+        folder.RunWriter(path, patience_s=_LOCK_PATIENCE_S).close()
+    prepare(settings, resume=resume)
+    return write_note(path, launch=launch)
 
 
-def _watch(path: Path, *, over: threading.Event, for_process: int | None) -> threading.Thread:
+def _watch(path: Path, progress: Progress, *, over: threading.Event, for_process: int | None) -> threading.Thread:
     """Show the run in plain lines, or, when another process does, stop once that is gone."""
 
     def lines() -> None:
-        progress = Progress(FolderRows(path))
         show_plain(progress, going=lambda: not over.is_set())
-        ended = None if progress.ended is None else progress.ended["kind"]
-        if ended == "finished":
-            say(summary(path, took_s=progress.running_s))
-        elif ended == "stopped":
-            say(f"Stopped and saved in {path}; the same command with --resume goes on.")
 
     def guard() -> None:
         while not over.wait(1.0):
@@ -180,6 +198,16 @@ def _watch(path: Path, *, over: threading.Event, for_process: int | None) -> thr
     thread = threading.Thread(target=lines if for_process is None else guard, name="watch", daemon=True)
     thread.start()
     return thread
+
+
+def _say_how_it_ended(path: Path, progress: Progress, *, pauses: bool) -> None:
+    ended = None if progress.ended is None else progress.ended["kind"]
+    if ended == "finished":
+        say(summary(path, took_s=progress.running_s))
+    elif ended == "stopped" and pauses:
+        say("Saved: a node comes or goes; those that stay go on from here.")
+    elif ended == "stopped":
+        say(f"Stopped and saved in {path}; the same command with --resume goes on.")
 
 
 def _report(rank: int, mark: str, text: str) -> None:
