@@ -12,6 +12,7 @@ from launch.ledger_command import ledger_group
 from launch.plot_command import plot_command
 from launch.probe_command import probe_command
 from launch.run_command import run_command
+from launch.torchrun_command import torchrun_command
 
 
 def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -38,6 +39,7 @@ def main() -> None:
 
 for _command in (run_command, probe_command, config_group, doctor_command, ledger_group, plot_command):
     main.add_command(_command)
+main.add_command(torchrun_command)
 
 
 if __name__ == "__main__":

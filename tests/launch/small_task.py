@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -11,12 +12,25 @@ from tests import support
 
 
 class SmallTask:
-    """``loss`` sleeps from call ``sleep_from`` on, and fails in the calls ``bug_at`` and ``nan_at``."""
+    """``loss`` sleeps from call ``sleep_from`` on, and fails in the calls ``bug_at`` and ``nan_at``.
 
-    def __init__(self, *, size: int, sleep_s: float, sleep_from: int, bug_at: int | None, nan_at: int | None) -> None:
+    Where a file ``sleep_while`` is named, it sleeps for as long as that is there.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        sleep_s: float,
+        sleep_from: int,
+        sleep_while: str | None,
+        bug_at: int | None,
+        nan_at: int | None,
+    ) -> None:
         self.train_set = support.blobs(size)
         self.eval_set = support.blobs(32, seed=3)
         self._sleep_s, self._sleep_from = sleep_s, sleep_from
+        self._sleep_while = sleep_while
         self._bug_at, self._nan_at = bug_at, nan_at
         self._calls = 0
 
@@ -25,7 +39,7 @@ class SmallTask:
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         self._calls += 1
-        if self._calls >= self._sleep_from:
+        if self._calls >= self._sleep_from and (self._sleep_while is None or os.path.exists(self._sleep_while)):
             time.sleep(self._sleep_s)
         if self._calls == self._bug_at:
             raise KeyError("a bug in the user's task")
@@ -41,7 +55,10 @@ def make(
     size: int = 256,
     sleep_s: float = 0.0,
     sleep_from: int = 0,
+    sleep_while: str | None = None,
     bug_at: int | None = None,
     nan_at: int | None = None,
 ) -> SmallTask:
-    return SmallTask(size=size, sleep_s=sleep_s, sleep_from=sleep_from, bug_at=bug_at, nan_at=nan_at)
+    return SmallTask(
+        size=size, sleep_s=sleep_s, sleep_from=sleep_from, sleep_while=sleep_while, bug_at=bug_at, nan_at=nan_at
+    )
