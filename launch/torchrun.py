@@ -112,7 +112,7 @@ def _train(
     notice = Notice(path, is_current=lambda: first[0].is_current(path))
     notice.listen()
     over = threading.Event()
-    progress = Progress(path)
+    progress = Progress(FolderRows(path))
     watch = _watch(path, progress, over=over, for_process=for_process) if rank == 0 else None
     try:
         finished = train(settings, worker, resume=resume)
