@@ -179,7 +179,27 @@ class Branched:
     losses: tuple[tuple[int, float | None], ...]
 
 
-Event = GradMeasured | WorkersChanged | PlanRejected | Preempted | Branched
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What the one who operates the run has ordered, standing until it is taken back.
+
+    ``held``: neither the target batch nor the workers asked for change. ``max_batch`` [samples] and ``max_workers`` are
+    ceilings beside those of the config; ``None``: no such order.
+    """
+
+    held: bool = False
+    max_batch: int | None = None
+    max_workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ordered:
+    """``orders`` stand from now on, in the place of those before."""
+
+    orders: Orders
+
+
+Event = GradMeasured | WorkersChanged | PlanRejected | Preempted | Branched | Ordered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from orchestrator.core import guard, noise, staffing, throughput
+from orchestrator.core import guard, noise, orders, staffing, throughput
 from orchestrator.core.branching import BranchSettings, calibrate
 from orchestrator.core.goodput import Goodput
 from orchestrator.core.guard import GuardState
@@ -30,6 +30,8 @@ from orchestrator.types import (
     GradMeasured,
     Keep,
     NoiseStats,
+    Ordered,
+    Orders,
     PlanRejected,
     Preempted,
     RequestWorkers,
@@ -69,6 +71,7 @@ class Rules:
     goodput: Goodput | None = None  # what chooses the workers, where it is known better than by micro-batches
     branching: BranchSettings | None = None  # of policy branched
     split: bool = False  # whether every micro-batch is computed in two halves, for the sake of comparing them
+    smallest_batch: int | None = None  # that a cap may be ordered at; None: the batch is never altered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +106,7 @@ class ControllerState:
     resize_cost_s: float | None = None  # as last measured
     requested_workers: int | None = None
     kappa: float | None = None  # critical batch / noise scale, as branches last found it
+    orders: Orders = field(default_factory=Orders)
 
 
 def init(rules: Rules, *, world_size: int) -> ControllerState:
@@ -139,6 +143,8 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
             return state, SaveCheckpoint(reason=f"a worker will be taken away: {why}")
         case Branched():
             return _branched(state, event, rules)
+        case Ordered(orders=given):
+            return replace(state, orders=given), Keep(reason=f"by order: {orders.sentence(given)}")
         case _:
             assert_never(event)
 
@@ -260,6 +266,7 @@ def decide(
             took_no_longer=rules.sees_clock and throughput.took_no_longer(state.timings),
         )
     )
+    decision = orders.restrained(decision, state.orders, batch=state.target.batch)
     if decision.target_batch == state.target.batch:
         return state, Keep(reason=decision.reason, target_batch=state.target.batch)
     if not rules.act:
@@ -293,7 +300,7 @@ def _jumped(before: float | None, now: float) -> bool:
 
 
 def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerState, RequestWorkers | None]:
-    if state.pending is not None:
+    if state.pending is not None or state.orders.held:
         return state, None
     need = Need(
         plan=plan_for(state, state.target, rules),
@@ -306,6 +313,7 @@ def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerSt
         resize_cost_s=rules.resize_cost_s if state.resize_cost_s is None else state.resize_cost_s,
         limits=rules.workers,
         when=rules.resize_when,
+        ceiling=orders.ceiling(state.orders),
     )
     if (wanted := staffing.request(need, goodput=rules.goodput, timings=state.timings)) is None:
         return state, None

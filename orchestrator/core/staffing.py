@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.core import throughput
@@ -13,6 +13,14 @@ from orchestrator.core.throughput import StepModel, StepTimes, Timings
 from orchestrator.types import BatchPlan, RequestWorkers
 
 ResizeWhen = Literal["saves_time", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """No more than ``workers``, whatever they would save, and why."""
+
+    workers: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +38,20 @@ class Need:
     resize_cost_s: float
     limits: WorkerLimits
     when: ResizeWhen
+    ceiling: Ceiling | None = None  # below that of the limits
 
 
 def request(need: Need, *, goodput: Goodput | None, timings: Timings) -> RequestWorkers | None:
-    """What ``goodput`` makes of the step times, where it is given; else as many as the batch has micro-batches for."""
+    """What ``goodput`` makes of the step times, where it is given; else as many as the batch has micro-batches for.
+
+    Workers above a ceiling are given back at once, even where none are ever asked for otherwise.
+    """
+    if need.ceiling is not None:
+        most = max(need.limits.minimum, min(need.limits.maximum, need.ceiling.workers))
+        if need.asked > most:
+            return RequestWorkers(num_workers=most, reason=need.ceiling.reason)
+        need = replace(need, limits=replace(need.limits, maximum=most))
+        goodput = None if goodput is None else replace(goodput, workers=need.limits)
     if need.when == "never":
         return None
     return _by_micro_batches(need) if goodput is None else _by_goodput(need, goodput, throughput.fit(timings))

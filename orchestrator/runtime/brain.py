@@ -25,6 +25,8 @@ from orchestrator.types import (
     GradSample,
     Keep,
     NoiseStats,
+    Ordered,
+    Orders,
     PlanRejected,
     RequestWorkers,
     SaveCheckpoint,
@@ -53,6 +55,8 @@ STATE_TYPES: Mapping[str, type] = {
         PlanRejected,
         WorkersChanged,
         Branched,
+        Ordered,
+        Orders,
     )
 }
 
