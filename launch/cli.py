@@ -7,6 +7,7 @@ from importlib import metadata
 import click
 
 from launch.config_commands import config_group
+from launch.control_command import control_command
 from launch.doctor import doctor_command
 from launch.ledger_command import ledger_group
 from launch.plot_command import plot_command
@@ -37,7 +38,7 @@ def main() -> None:
     """
 
 
-for _command in (run_command, probe_command, config_group, doctor_command, ledger_group, plot_command):
+for _command in (run_command, control_command, probe_command, config_group, doctor_command, ledger_group, plot_command):
     main.add_command(_command)
 main.add_command(torchrun_command)
 

@@ -120,6 +120,8 @@ class Progress:
         if kind == "workers_wanted":
             # Only Ray brings them; elsewhere the wish is noted, and that is all.
             return f"{event['num_workers']} workers wanted: {reason}" if self._runtime == "ray" else None
+        if kind == "control":
+            return self._take_control(event, at)
         if kind == "fault":
             reason = textwrap.shorten(reason, _FAULT_WIDTH, placeholder=" ...")  # the end of the run says it in full
         return f"{kind.replace('_', ' ')}{at}: {reason}"
@@ -132,6 +134,12 @@ class Progress:
         news = wish is not None and wish != self._wish
         self._wish = wish
         return f"batch {before} stays, {wish} is advised{at}: {event['reason']}" if news else None
+
+    def _take_control(self, event: dict[str, Any], at: str) -> str | None:
+        if event["request"] is None and not (event["held"] or event["max_batch"] or event["max_workers"]):
+            return None  # an attempt begins, and no orders stand
+        asked = "" if event["order"] is None else f" {event['order']}"
+        return f"control{asked}{'' if event['accepted'] else ' refused'}{at}: {event['reason']}"
 
     @property
     def _runtime(self) -> str | None:

@@ -28,6 +28,7 @@ from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.checkpoints import CheckpointStore
+from orchestrator.runtime.control import ControlDesk, Moment, standing_orders
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.journal import FinishedStep, Journal
 from orchestrator.runtime.rng import restore_rng, save_rng
@@ -85,6 +86,9 @@ class History:
         self._saved_step: int | None = None
         self._dataset_size = dataset_size
         self.journal = Journal(config, worker=worker, rules=rules, dataset_size=dataset_size)
+        self._desk = ControlDesk(self._folder, journal=self.journal, rules=rules, workers_stay=worker.workers_stay)
+        self._told = Moment(step=0, samples_seen=0)  # what the controller has heard of
+        self._announced: ApplyPlan | None = None
 
     def begin(self, *, resume: bool) -> Resumed:
         """Collective. Open the folder, load the newest whole checkpoint if there is one, and meet the controller."""
@@ -145,6 +149,10 @@ class History:
         assert welcome is not None, "rank zero has a brain"
         if zero:
             self.journal.started(welcome, self._model, checkpoint=path, step=step, samples_seen=samples_seen)
+            self._told, self._announced = Moment(step=step, samples_seen=samples_seen), welcome.pending
+            standing = standing_orders(self._folder)
+            if standing is not None:
+                self._desk.begin(standing, self._brain, self._told)
         return Resumed(
             step=step, samples_seen=samples_seen, now=welcome.now, pending=welcome.pending, in_force=in_force
         )
@@ -157,20 +165,31 @@ class History:
         commands = self._brain.commands()
         for note in commands.notes:
             self.journal.note(note, step=None, samples_seen=None)
+        self._desk.take(self._brain, self._told, coming=self._coming)
         plan = None
         for step in decided_at:
             action = self._brain.answer(step)
             self.journal.decision(step, action)
             plan = action if isinstance(action, ApplyPlan) else plan
-        requested = os.path.exists(self._stop_request)
+        self._announced = plan or self._announced
+        requested = os.path.exists(self._stop_request) or self._desk.wants_stop
         return replace(
             said,
             plan=plan,
             stop=said.stop or commands.stop is not None or requested,
             hold=commands.hold is not None,
-            save=commands.save is not None,
+            save=self._desk.asks_to_save() or commands.save is not None,
             rest_steps=rest_steps,
         )
+
+    def _coming(self) -> ApplyPlan | None:
+        """The decision on its way. Waits for it to be taken, where that is due."""
+        for step in self.journal.decisions_on_their_way:
+            action = self._brain.answer(step)
+            if isinstance(action, ApplyPlan):
+                return action
+        before = self._announced
+        return before if before is not None and before.effective_step > self._told.step else None
 
     def steps(self, finished: Sequence[FinishedStep]) -> None:
         """Collective when the ledger is kept. Take in finished steps, in order."""
@@ -179,6 +198,8 @@ class History:
         if self._worker.rank == 0:
             for step in finished:
                 self._brain.post(step.measured)
+                sample = step.measured.sample
+                self._told = Moment(step=sample.step + 1, samples_seen=sample.samples_seen)
         self.journal.steps(finished)
 
     def without_the_others(self, finished: Sequence[FinishedStep]) -> None:
@@ -218,8 +239,11 @@ class History:
 
     def save(self, *, step: int, samples_seen: int, in_force: InForce | None, why: str) -> str:
         """Collective. Write a checkpoint of the state before ``step``; raises ``CheckpointError`` on every rank."""
+        now = Moment(step=step, samples_seen=samples_seen)
         if self._saved_step == step:
-            return str(self._store.path_of(step))
+            path = str(self._store.path_of(step))
+            self._desk.saved(path, now)
+            return path
         began = time.perf_counter()
         meta: dict[str, Any] = {}
         if self._worker.rank == 0:
@@ -242,16 +266,16 @@ class History:
                 "rng": save_rng(),
             }
         try:
-            path = self._store.save(self._model, self._optimizer, step=step, meta=meta, ema=self._ema)
+            path = str(self._store.save(self._model, self._optimizer, step=step, meta=meta, ema=self._ema))
         except CheckpointError as error:
             self.journal.event("checkpoint_failed", reason=str(error), step=step, samples_seen=samples_seen)
+            self._desk.not_saved(str(error), now)
             raise
         self._saved_step = step
         took = time.perf_counter() - began
-        self.journal.event(
-            "checkpoint", reason=why, step=step, samples_seen=samples_seen, path=str(path), duration_s=took
-        )
-        return str(path)
+        self.journal.event("checkpoint", reason=why, step=step, samples_seen=samples_seen, path=path, duration_s=took)
+        self._desk.saved(path, now)
+        return path
 
     def hold_failed(self) -> None:
         """The checkpoint of a resize could not be written: training goes on as it is."""
@@ -268,9 +292,11 @@ class History:
         if finished:
             self.journal.event("finished", reason=f"{samples_seen} samples seen", step=step, samples_seen=samples_seen)
         else:
-            self.journal.event("stopped", reason=reason or "asked to", step=step, samples_seen=samples_seen)
+            reason = "by order" if self._desk.wants_stop else reason or "asked to"
+            self.journal.event("stopped", reason=reason, step=step, samples_seen=samples_seen)
             if self.journal.is_open:
                 (self._folder / folder.STOP_REQUEST).unlink(missing_ok=True)
+        self._desk.ended(path, Moment(step=step, samples_seen=samples_seen))
         return path
 
     @property

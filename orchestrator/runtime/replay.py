@@ -39,7 +39,7 @@ def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
     """The events of these kinds in the order of their steps, those of discarded steps left out."""
     found: list[dict[str, Any]] = []
     for row in folder.rows(run / folder.EVENTS):
-        if row["kind"] == "resumed":
+        if row["kind"] in ("started", "resumed"):  # an attempt that found no checkpoint starts again
             found = [old for old in found if old["step"] < row["step"]]
         elif row["kind"] in kinds:
             found.append(row)
@@ -56,7 +56,7 @@ def recomputed(run: Path) -> list[Decided]:
     rules = rules_from(config, dataset_size=started["dataset_size"])
     estimator = find_estimator(config.measure.estimator)
     state = controller.init(rules, world_size=started["world_size"])
-    causes = events_of(run, "plan_rejected", "branches")
+    causes = [row for row in events_of(run, "plan_rejected", "branches", "control") if row.get("cause") is not None]
     decided = []
     for row in folder.surviving(run / folder.METRICS):
         while attempts and attempts[0][0] <= row["step"]:

@@ -114,6 +114,16 @@ def test_what_happens_to_a_run_is_told(run: Run, kind: str, rest: dict[str, Any]
     assert run.event(kind, **rest) == [line]
 
 
+def test_an_order_is_told_with_its_answer(run: Run) -> None:
+    none: dict[str, Any] = {"held": False, "max_batch": None, "max_workers": None}
+    given = none | {"request": "1-a", "order": "hold", "accepted": True, "held": True}
+    assert run.event("control", **given) == ["control hold at 1,024 samples: why"]
+    assert run.event("control", **(given | {"accepted": False})) == ["control hold refused at 1,024 samples: why"]
+    begun = none | {"request": None, "order": None, "accepted": True}
+    assert run.event("control", **(begun | {"max_batch": 64})) == ["control at 1,024 samples: why"]
+    assert run.event("control", **begun) == []
+
+
 def test_a_long_fault_is_told_in_short(run: Run) -> None:
     (line,) = run.event("fault", reason="RuntimeError: " + "gloo says a lot " * 50)
     assert len(line) < 160

@@ -1,0 +1,159 @@
+"""``groundswell control``: say to a running job what to do, and print what it answered.
+
+The job's rank zero finds the request in the run's folder. Where that folder cannot be seen from here, a small job on
+the cluster gives the same order from there.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import click
+from filelock import FileLock, Timeout
+
+from launch.live import say
+from orchestrator.errors import GroundswellError, RunFolderError
+from orchestrator.runtime import folder
+from orchestrator.runtime.control_requests import Order, withdraw_request, write_request
+
+_LOOK_EVERY_S = 0.1
+_EXIT_REFUSED = 1
+
+
+class _Cap(click.ParamType):
+    name = "N|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "none":
+            return "none"
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if number < 1:
+            self.fail(f"{value} is neither a whole number from 1 on nor none", param, ctx)
+        return number
+
+
+@click.command("control")
+@click.argument("run")
+@click.argument("order", type=click.Choice(["hold", "release", "cap", "checkpoint", "stop"]))
+@click.option("--max-batch", type=_Cap(), help="For cap: the batch in samples; none lifts the cap.")
+@click.option("--max-workers", type=_Cap(), help="For cap: the workers; none lifts the cap.")
+@click.option("--run-dir", default="runs", show_default=True, metavar="DIR", help="Where RUN is, if it is a name.")
+@click.option(
+    "--timeout", "timeout_s", default=60.0, show_default=True, metavar="S", help="How long to wait for the answer."
+)
+@click.option("--address", metavar="URL", help="Give the order on the Ray cluster whose job server is there.")
+def control_command(
+    run: str,
+    order: Order,
+    max_batch: int | str | None,
+    max_workers: int | str | None,
+    run_dir: str,
+    timeout_s: float,
+    address: str | None,
+) -> None:
+    """Operate RUN, the folder or the name of a running job.
+
+    \b
+    hold        the batch stays, and no other number of workers is asked for
+    release     ends the hold
+    cap         no larger batch, no more workers than given; less from the next decision on
+    checkpoint  saves after the step at hand, and says where
+    stop        saves and ends; groundswell run --resume goes on
+    \b
+    Exit codes: 0 done, 1 refused or no answer, 2 not understood.
+    """
+    caps = {
+        key: None if value == "none" else cast(int, value)
+        for key, value in (("max_batch", max_batch), ("max_workers", max_workers))
+        if value is not None
+    }
+    if (order == "cap") != bool(caps):
+        raise click.UsageError(
+            "cap needs --max-batch, --max-workers or both" if order == "cap" else f"{order} takes no caps"
+        )
+    if address is not None and not (Path(run).is_absolute() or Path(run_dir).is_absolute()):
+        raise click.UsageError(
+            "with --address give RUN or --run-dir as an absolute path, as the cluster's nodes see it"
+        )
+    try:
+        if address is not None:
+            sys.exit(_from_there(run, order, caps, run_dir=run_dir, timeout_s=timeout_s, address=address))
+        sys.exit(_give(_folder_of(run, run_dir), order, caps, timeout_s=timeout_s))
+    except GroundswellError as error:
+        say(str(error), error=True)
+        sys.exit(_EXIT_REFUSED)
+
+
+def _folder_of(run: str, run_dir: str) -> Path:
+    for path in (Path(run), Path(run_dir) / run):
+        if folder.exists(path):
+            return path
+    raise RunFolderError(
+        f"neither {run} nor {Path(run_dir) / run} is the folder of a run; give the folder, or say with --run-dir where "
+        "the run of that name is"
+    )
+
+
+def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s: float) -> int:
+    ended = _ended(path)
+    if ended is not None:
+        raise RunFolderError(f"{path} is not running: it has {ended}")
+    if not _is_written(path):
+        say(f"{path} is written by no process now; an attempt that begins within {timeout_s:g} s will answer")
+    request = write_request(path, order, caps=caps)
+    try:
+        until_s = time.monotonic() + timeout_s
+        while (answer := _answer(path, request)) is None and time.monotonic() < until_s:
+            time.sleep(_LOOK_EVERY_S)
+    finally:
+        withdraw_request(path, request)
+    if answer is None:
+        running = "it is running, and may be in a long step or evaluation" if _is_written(path) else "it is not running"
+        raise RunFolderError(f"no answer from {path} within {timeout_s:g} s: {running}; the order was withdrawn")
+    at = f"step {answer['step']}, {answer['samples_seen']:,} samples"
+    say(f"{order}{'' if answer['accepted'] else ' refused'} ({at}): {answer['reason']}", error=not answer["accepted"])
+    return 0 if answer["accepted"] else _EXIT_REFUSED
+
+
+def _answer(path: Path, request: str) -> dict[str, Any] | None:
+    for row in folder.rows(path / folder.EVENTS):
+        if row["kind"] == "control" and row["request"] == request:
+            return row
+    return None
+
+
+def _ended(path: Path) -> str | None:
+    """How the run has ended, if nobody goes on with it."""
+    kinds = [row["kind"] for row in folder.rows(path / folder.EVENTS)]
+    last = next((kind for kind in reversed(kinds) if kind in ("started", "resumed", "finished", "stopped")), None)
+    return last if last in ("finished", "stopped") and not _is_written(path) else None
+
+
+def _is_written(path: Path) -> bool:
+    """Whether a process has the run's folder open for writing, as far as the storage knows locks."""
+    try:
+        with FileLock(path / folder.LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return True
+
+
+def _from_there(
+    run: str, order: str, caps: Mapping[str, int | None], *, run_dir: str, timeout_s: float, address: str
+) -> int:
+    from launch.control_job import run_there
+
+    arguments = [run, order, "--run-dir", run_dir, "--timeout", f"{timeout_s:g}"]
+    for key, value in caps.items():
+        arguments += [f"--{key.replace('_', '-')}", "none" if value is None else str(value)]
+    return run_there(shlex.join(["python", "-m", "launch.cli", "control", *arguments]), address, order=order)
