@@ -9,10 +9,12 @@ import click
 from launch.config_commands import config_group
 from launch.control_command import control_command
 from launch.doctor import doctor_command
+from launch.job_commands import list_command, logs_command, status_command, stop_command
 from launch.ledger_command import ledger_group
 from launch.plot_command import plot_command
 from launch.probe_command import probe_command
 from launch.run_command import run_command
+from launch.submit_command import submit_command
 from launch.torchrun_command import torchrun_command
 
 
@@ -38,9 +40,13 @@ def main() -> None:
     """
 
 
-for _command in (run_command, control_command, probe_command, config_group, doctor_command, ledger_group, plot_command):
+_COMMANDS = (
+    *(run_command, torchrun_command, control_command),
+    *(submit_command, status_command, logs_command, stop_command, list_command),  # on a Ray cluster
+    *(probe_command, config_group, doctor_command, ledger_group, plot_command),
+)
+for _command in _COMMANDS:
     main.add_command(_command)
-main.add_command(torchrun_command)
 
 
 if __name__ == "__main__":

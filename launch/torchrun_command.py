@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from launch import options
 from launch.bundled import find_config
 from launch.jobs import quiet_libraries
 from launch.launched import goes_on
@@ -59,7 +60,8 @@ class _EndpointType(click.ParamType):
 
 @click.command("torchrun")
 @click.argument("config")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key: section.key=value.")
+@options.overrides
+@options.no_plugins
 @click.option("--run-dir", metavar="DIR", help="Keep the run in DIR/<run.name>, on storage that all nodes share.")
 @click.option("--resume", is_flag=True, help="Go on with a run that exists, from its newest whole checkpoint.")
 @click.option("--auto-resume", is_flag=True, help="Go on with the run if it exists, else begin it.")
@@ -88,6 +90,7 @@ class _EndpointType(click.ParamType):
 def torchrun_command(
     config: str,
     overrides: tuple[str, ...],
+    no_plugins: bool,
     run_dir: str | None,
     resume: bool,
     auto_resume: bool,
@@ -120,7 +123,7 @@ def torchrun_command(
         rendezvous[key] = value
     rdzv_id = rdzv_id or str(uuid.uuid4())
     try:
-        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)])
+        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
         path = Path(settings.run.dir) / settings.run.name
         going_on = goes_on(path, launch=rdzv_id, resume=resume, auto_resume=auto_resume)
     except GroundswellError as error:
@@ -139,6 +142,7 @@ def torchrun_command(
     given += [f"--max-restarts={settings.recovery.max_failures if max_restarts is None else max_restarts}"]
     given += ["-m", "launch.torchrun"]
     given += [part for override in overrides for part in ("--set", override)]
+    given += ["--no-plugins"] * no_plugins
     given += [] if run_dir is None else ["--run-dir", run_dir]
     given += ["--resume"] * resume + ["--auto-resume"] * auto_resume + ["--elastic"] * (nnodes[1] > 1)
     code = _run_agent([*given, "--", config])

@@ -13,6 +13,9 @@ from launch.sources import News
 
 # What Ray itself writes into a job's log before the entrypoint speaks.
 _OF_RAY = re.compile(r"Running entrypoint for job |[\d\s,:-]+INFO job_manager\.py:\d+ -- Runtime env is setting up")
+# Ray prints where a process was when it was asked to stop, once plain and once as a log line. Of real crashes it stays.
+_ASKED_TO_STOP = re.compile(r"(\[.*logging\.cc:\d+: )?\*\*\* SIGTERM received at ")
+_WHERE_IT_WAS = re.compile(r"(\[.*logging\.cc:\d+: )?(PC: @|    @ )")
 
 
 @final
@@ -54,9 +57,10 @@ class LogRows:
         self._lines: deque[str] = deque()
         self._live, self._now = live, now
         self._at_s, self._heard_s = 0.0, now()
+        self._was_asked_to_stop = False
 
     def add(self, lines: list[str]) -> None:
-        self._lines.extend(line for line in lines if not _OF_RAY.match(line))
+        self._lines.extend(line for line in lines if not self._is_of_ray(line))
 
     @property
     def behind(self) -> bool:
@@ -74,3 +78,8 @@ class LogRows:
 
     def clock(self) -> float:
         return self._at_s + (self._now() - self._heard_s if self._live and not self._lines else 0.0)
+
+    def _is_of_ray(self, line: str) -> bool:
+        asked = _ASKED_TO_STOP.match(line) is not None
+        self._was_asked_to_stop = asked or (self._was_asked_to_stop and _WHERE_IT_WAS.match(line) is not None)
+        return self._was_asked_to_stop or _OF_RAY.match(line) is not None

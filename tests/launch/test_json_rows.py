@@ -140,6 +140,29 @@ def test_what_ray_says_before_the_entrypoint_is_left_out() -> None:
     assert not rows.behind
 
 
+STACK = """[2026-11-21 19:40:06,788 E 3998 3998] logging.cc:474: *** {signal} received at time=1795290006 on cpu 1 ***
+[2026-11-21 19:40:06,788 E 3998 3998] logging.cc:474: PC: @     0x7f5312aed545  (unknown)  clock_nanosleep
+[2026-11-21 19:40:06,789 E 3998 3998] logging.cc:474:     @     0x7f5312a5a050  (unknown)  (unknown)
+*** {signal} received at time=1795290006 on cpu 1 ***
+PC: @     0x7f5312aed545  (unknown)  clock_nanosleep
+    @     0x7f5312a5a050  (unknown)  (unknown)
+    @ ... and at least 4 more frames
+mine"""
+
+
+@pytest.mark.parametrize(("signal", "kept"), [("SIGTERM", 1), ("SIGSEGV", 8)])
+def test_the_stack_of_a_process_that_was_asked_to_stop_is_left_out_and_that_of_a_crash_is_not(
+    signal: str, kept: int
+) -> None:
+    rows = LogRows("run", live=False)
+    rows.add(STACK.format(signal=signal).split("\n"))
+    lines = []
+    while rows.behind:
+        lines += rows.read().lines
+    assert len(lines) == kept
+    assert lines[-1] == "mine"
+
+
 def test_a_log_that_arrives_at_once_is_shown_in_the_runs_own_time(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"groundswell": "event", "at_s": 0.0, **START})]
     lines += [

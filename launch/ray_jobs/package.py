@@ -1,0 +1,120 @@
+"""What travels with a job: the working directory without what a run does not need, and the config that was checked.
+
+Ray packs, uploads and unpacks it. Of Ray's packing module two private functions are used here and nowhere else: its
+walk, so that what is weighed is what travels, and its zip, to which the config is added.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.ray_jobs.head import ClusterError
+from orchestrator.config import RunConfig, to_yaml
+
+CONFIG_FOLDER = ".groundswell"
+LARGEST_FILE_BYTES = 100 * 2**20  # data and weights; a module is never that long
+# Patterns of .gitignore. What Git or Ray were told to ignore stays here as well.
+EXCLUDES = (
+    ".git", ".hg", ".svn", ".venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache",
+    ".hypothesis", ".ipynb_checkpoints", ".tox", ".nox", "node_modules", "*.egg-info", "/runs", "/wandb", "/mlruns",
+    "/lightning_logs", ".env", ".netrc", f"/{CONFIG_FOLDER}",
+)  # fmt: skip
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """The files of a directory that travel, and those that stay for their size: bytes by relative path."""
+
+    files: Mapping[str, int]
+    too_large: Mapping[str, int]
+    environments: tuple[str, ...]  # virtual ones, whatever they are called
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def contents(directory: Path) -> Contents:
+    """What of ``directory`` would travel."""
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    directory = directory.absolute()
+    files: dict[str, int] = {}
+
+    def see(path: Path) -> None:
+        if path.is_file():
+            files[str(path.relative_to(directory))] = path.stat().st_size
+
+    _dir_travel(directory, [_get_excludes(directory, list(EXCLUDES))], see, include_gitignore=_heeds_gitignore())
+    environments = tuple(str(Path(name).parent) for name in files if Path(name).name == "pyvenv.cfg")
+    inside = tuple(f"{environment}/" for environment in environments)
+    files = {name: size for name, size in files.items() if not name.startswith(inside)}
+    large = {name: size for name, size in files.items() if size > LARGEST_FILE_BYTES}
+    kept = {name: size for name, size in files.items() if name not in large}
+    return Contents(files=kept, too_large=large, environments=environments)
+
+
+def pack(directory: Path, config: RunConfig, *, found: Contents, target: Path) -> str:
+    """Zip ``directory``, whose contents were ``found``, and the config into ``target``; the config's path within it.
+
+    Raises ``ClusterError`` above the size that Ray takes, naming the largest entries.
+    """
+    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
+
+    if found.size_bytes >= GCS_STORAGE_MAX_SIZE:
+        raise ClusterError(
+            f"{directory} holds {in_bytes(found.size_bytes)} to send, and Ray takes less than "
+            f"{in_bytes(GCS_STORAGE_MAX_SIZE)}. The largest: {_largest(found.files)}. Name what the run does not need "
+            "in .gitignore or .rayignore, or keep data on storage that the cluster reads"
+        )
+    excludes = [*EXCLUDES, *(f"/{_literally(name)}" for name in (*found.environments, *found.too_large))]
+    create_package(str(directory.absolute()), target, include_gitignore=_heeds_gitignore(), excludes=excludes)
+    name = f"{CONFIG_FOLDER}/{config.run.name}.yaml"
+    # A fixed date: what did not change is not uploaded again, for Ray names a package by its bytes.
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = 0o644 << 16
+    with zipfile.ZipFile(target, "a") as package:
+        package.writestr(entry, to_yaml(config))
+    return name
+
+
+def left_behind(found: Contents) -> str | None:
+    """Which files stay for their size, in a line; nothing where there are none."""
+    if not found.too_large:
+        return None
+    return f"not sent, for files above {in_bytes(LARGEST_FILE_BYTES)} stay here: {_largest(found.too_large)}"
+
+
+def in_bytes(count: int) -> str:
+    """``1.5 MiB``."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _largest(files: Mapping[str, int]) -> str:
+    """The largest entries of the top level, and in folders the largest file."""
+    sums: dict[str, int] = {}
+    for name, size in files.items():
+        top = name.split("/")[0] + ("/" if "/" in name else "")
+        sums[top] = sums.get(top, 0) + size
+    named = []
+    for top in sorted(sums, key=lambda top: -sums[top])[:_NAMED]:
+        inside = max((name for name in files if name.startswith(top)), key=lambda name: files[name])
+        named.append(f"{top} {in_bytes(sums[top])}" + (f" (of it {inside})" if top.endswith("/") else ""))
+    return ", ".join(named)
+
+
+def _literally(name: str) -> str:
+    return re.sub(r"([\\*?\[\]!# ])", r"\\\1", name)
+
+
+def _heeds_gitignore() -> bool:
+    return os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"  # as Ray's own client reads it
