@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -87,8 +87,13 @@ def test_no_framework_is_loaded_to_answer_or_to_refuse(
 def test_help_takes_well_under_a_second() -> None:
     took_s = []
     for _ in range(3):
-        began_s = time.perf_counter()
+        began_s = _children_cpu_s()
         subprocess.run([sys.executable, "-m", "launch.cli", "--help"], check=True, capture_output=True, cwd=ROOT)
-        took_s.append(time.perf_counter() - began_s)
-    # The best of three: the rest is how busy the machine is.
-    assert min(took_s) < 0.9, took_s
+        took_s.append(_children_cpu_s() - began_s)
+    # Of the processor, since the rest is how busy the machine is; nothing in it waits.
+    assert min(took_s) < 0.7, took_s
+
+
+def _children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
