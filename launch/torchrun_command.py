@@ -26,6 +26,7 @@ from launch.run_command import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finis
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError
 
+_SLURM_SCRIPT = Path(__file__).parent / "slurm" / "groundswell.sbatch"
 _PORT = 29400  # torchrun's own default
 _SAVE_PATIENCE_S = 100  # below the 120 s of notice that schedulers are commonly asked for
 _LAST_CALL_TIMEOUT_S = 5  # torch waits 30 s for late agents before each group, though they may join at any time
@@ -58,6 +59,12 @@ class _EndpointType(click.ParamType):
         return f"{host}:{port}"
 
 
+def _print_slurm_script(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        click.echo(_SLURM_SCRIPT)
+        context.exit()
+
+
 @click.command("torchrun")
 @click.argument("config")
 @options.overrides
@@ -86,6 +93,14 @@ class _EndpointType(click.ParamType):
     "--max-restarts",
     type=click.IntRange(min=0),
     help="Failures, and nodes that leave, survived by this agent. Default: recovery.max_failures.",
+)
+@click.option(
+    "--slurm-script",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_slurm_script,
+    help="Say where the script for Slurm lies, and exit.",
 )
 def torchrun_command(
     config: str,

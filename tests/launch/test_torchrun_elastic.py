@@ -24,7 +24,7 @@ from tests import support
 ROOT = Path(__file__).resolve().parents[2]
 RAMP = [[256, 64], [768, 96], [1280, 48]]
 QUICK = ["last_call_timeout=1", "keep_alive_interval=1", "keep_alive_max_attempt=3", "read_timeout=20"]
-pytestmark = [pytest.mark.timeout(240), pytest.mark.dist]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.dist]
 
 
 def config(place: Path, **options: Any) -> RunConfig:
@@ -90,7 +90,7 @@ def events(place: Path, *kinds: str) -> list[dict[str, Any]]:
     return [row for row in folder.rows(place / "run" / folder.EVENTS) if row["kind"] in kinds]
 
 
-def until(there: Callable[[], object], said: Callable[[], str], *, patience_s: float = 60.0) -> None:
+def until(there: Callable[[], object], said: Callable[[], str], *, patience_s: float = 90.0) -> None:
     end_s = time.monotonic() + patience_s
     while not there():
         assert time.monotonic() < end_s, said()
