@@ -25,6 +25,15 @@ def _run_name(name: str) -> str:
     return name
 
 
+def _folder(path: str) -> str:
+    """A path would take s3://bucket/runs for a folder s3: on this machine, which the next node does not see."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        rule = "runs are kept on a file system, and not yet in an object store"
+        fix = "write a folder that all nodes share, such as a mounted volume"
+        refuse([Broken(keys=(), value=path, rule=rule, fix=fix)])
+    return path
+
+
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """Only plain data may pass, else the resolved file could not be read again to the same options."""
 
@@ -54,8 +63,8 @@ class RunSection(Section):
     name: Annotated[str, AfterValidator(_run_name)] = Field(
         description="[name] the run's folder inside run.dir; the config file's own name when left out"
     )
-    dir: str = Field(
-        default="runs", min_length=1, description="[path] folder, or s3://, gs:// address, that holds all runs"
+    dir: Annotated[str, AfterValidator(_folder)] = Field(
+        default="runs", min_length=1, description="[path] folder that holds all runs; all nodes must see the same one"
     )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="[number] where all randomness begins: weights, order of data, dropout"

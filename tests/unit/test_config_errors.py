@@ -75,6 +75,15 @@ CASES = [
         "key in several sections", "every_samples: 5", "every_samples", "5", "controller.every_samples or evaluation."
     ),
     added("unit left out", "schedule.warmup", "100", "schedule.warmup_samples"),
+    Case(
+        "an object store",
+        "run: {dir: 's3://bucket/runs'}",
+        "run.dir",
+        '"s3://bucket/runs"',
+        "a folder that all nodes share",
+        "run: {name: base}",
+        1,
+    ),
     changed("unknown task", "task.name", "digit", "did you mean digits?", 3),
     changed("task as a file", "task.name", "my/task.py:make", "my.task:make"),
     changed("task as a dotted name", "task.name", "my.task.make", "my.task:make"),
