@@ -10,6 +10,7 @@ from launch.config_commands import config_group
 from launch.control_command import control_command
 from launch.doctor import doctor_command
 from launch.job_commands import list_command, logs_command, status_command, stop_command
+from launch.kubernetes.commands import k8s_group
 from launch.ledger_command import ledger_group
 from launch.plot_command import plot_command
 from launch.probe_command import probe_command
@@ -43,7 +44,7 @@ def main() -> None:
 _COMMANDS = (
     *(run_command, torchrun_command, control_command),
     *(submit_command, status_command, logs_command, stop_command, list_command),  # on a Ray cluster
-    *(probe_command, config_group, doctor_command, ledger_group, plot_command),
+    *(k8s_group, probe_command, config_group, doctor_command, ledger_group, plot_command),
 )
 for _command in _COMMANDS:
     main.add_command(_command)

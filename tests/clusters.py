@@ -97,3 +97,90 @@ def run_configs(draw: st.DrawFn) -> dict[str, Any]:
         "cpus_per_worker": draw(st.sampled_from([1.0, 2.0])),
     }
     return {**TRAINS, "workers": workers, "cluster": cluster}
+
+
+# Five clusters as people have them: sections of a config by the file that --explain of it is kept in.
+REALISTIC: dict[str, dict[str, Any]] = {
+    "cpu_only": {
+        "workers": {"min": 1, "initial": 2, "max": 8, "cpus_per_worker": 4.0},
+        "cluster": {
+            "image": "registry.example.com/team/train:1.4",
+            "worker_groups": [{"name": "cpu", "memory_gib": 16, "cpus": 6}],
+            "storage": {"claim": "team-runs"},
+            "env": {"NCCL_DEBUG": "WARN"},
+        },
+    },
+    "one_gpu_group": {
+        "workers": {"min": 1, "initial": 8, "max": 32, "cpus_per_worker": 8.0, "gpus_per_worker": 1.0},
+        "cluster": {
+            "image": f"registry.example.com/team/train@sha256:{'ab' * 32}",
+            "image_pull_secrets": ["registry"],
+            "name": "llm-pretraining",
+            "namespace": "research",
+            "worker_groups": [
+                {
+                    "name": "a100",
+                    "workers_per_pod": 8,
+                    "cpus": 90,
+                    "memory_gib": 900,
+                    "node_selector": {"cloud.google.com/gke-accelerator": "nvidia-tesla-a100"},
+                    "tolerations": [{"key": "nvidia.com/gpu"}],
+                    "priority_class": "training",
+                }
+            ],
+            "storage": {"size_gib": 2000, "storage_class": "filestore-rwx"},
+            "active_deadline_s": 604800,
+            "pod_monitor": {"labels": {"release": "prometheus"}},
+            "secret_env": {"WANDB_API_KEY": {"secret": "wandb", "key": "api-key"}},
+        },
+    },
+    "spot_plus_on_demand": {
+        "workers": {"min": 2, "initial": 4, "max": 16, "cpus_per_worker": 4.0, "gpus_per_worker": 1.0},
+        "cluster": {
+            "image": "registry.example.com/team/train:1.4",
+            "worker_groups": [
+                {
+                    "name": "spot",
+                    "capacity": "spot",
+                    "workers_per_pod": 4,
+                    "max_workers": 12,
+                    "memory_gib": 128,
+                    "node_selector": {"eks.amazonaws.com/capacityType": "SPOT", "team.example/gpu": "l4"},
+                    "tolerations": [{"key": "spot", "value": "true", "effect": "NoExecute"}],
+                },
+                {"name": "on-demand", "workers_per_pod": 4, "max_workers": 8, "memory_gib": 128},
+            ],
+            "storage": {"claim": "team-runs", "mount_path": "/mnt/efs"},
+            "labels": {"cost-centre": "ml"},
+        },
+    },
+    "kueue": {
+        "workers": {"min": 2, "initial": 2, "max": 4, "cpus_per_worker": 8.0, "gpus_per_worker": 1.0},
+        "cluster": {
+            "image": "registry.example.com/team/train:1.4",
+            "worker_groups": [{"name": "gpu", "memory_gib": 64}],
+            "storage": {"claim": "team-runs"},
+            "kueue": {"queue": "team-queue"},
+            "pre_running_deadline_s": None,
+        },
+    },
+    "object_storage": {
+        "workers": {"min": 1, "initial": 1, "max": 4, "cpus_per_worker": 2.0},
+        "cluster": {
+            "image": "registry.example.com/team/train:1.4",
+            "service_account": {
+                "name": "trainer",
+                "create": True,
+                "annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/trainer"},
+            },
+            "worker_groups": [{"name": "cpu", "memory_gib": 8}],
+            "storage": {"object_path": "s3://team-bucket/runs"},
+            "kueue": {"queue": "team-queue", "elastic": True},
+        },
+    },
+}
+
+
+def realistic(name: str) -> dict[str, Any]:
+    """A whole config with the cluster of this name, as plain data."""
+    return {**TRAINS, "run": {"name": name.replace("_", "-")}, **REALISTIC[name]}
