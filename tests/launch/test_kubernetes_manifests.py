@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,29 @@ def test_an_object_store_is_said_to_hold_no_runs_yet() -> None:
     refused = CliRunner().invoke(main, ["run", "digits", *words[words.index("--run-dir") :]])
     assert refused.exit_code == 2
     assert "not yet in an object store" in refused.stderr
+
+
+def readme_block(language: str, beginning: str) -> str:
+    found = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    (block,) = [each for each in found if beginning in each]
+    return str(block)
+
+
+def test_the_readmes_commands_exist() -> None:
+    lines = readme_block("bash", "groundswell k8s").splitlines()
+    assert {line.split()[2] for line in lines} == {"render", "validate", "apply", "status", "logs", "delete"}
+    for line in lines:
+        words = line.split("#")[0].split()
+        shown = call(words[2], "--help")
+        assert shown.exit_code == 0
+        assert all(word in shown.output for word in words if word.startswith("-"))
+
+
+def test_the_readmes_config_renders_to_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "example.yaml"
+    path.write_text(readme_block("yaml", "cluster:"), encoding="utf-8")
+    assert call("validate", str(path)).exit_code == 0
+    (job,) = [each for each in render(load_config(path)) if each["kind"] == "RayJob"]
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    sizes = [(group["minReplicas"], group["replicas"], group["maxReplicas"]) for group in groups]
+    assert sizes == [(0, 0, 3), (1, 1, 1)]
