@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from launch import options
 from launch.bundled import find_config
 from launch.kubernetes.kubectl import kubectl, references, status_line
 from launch.kubernetes.manifests import render
@@ -42,7 +43,6 @@ def _refusals(command: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_set = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
 _kind = click.option(
     "--kind",
     type=click.Choice(["RayJob", "RayCluster"]),
@@ -53,7 +53,7 @@ _kind = click.option(
 
 
 def _on_a_config(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.argument("config")(_set(_kind(_refusals(command))))
+    return click.argument("config")(options.overrides(_kind(_refusals(command))))
 
 
 @click.group(name="k8s")
@@ -86,7 +86,7 @@ def write_manifests(config: str, overrides: tuple[str, ...], kind: Any, explain:
 
 @k8s_group.command(name="validate")
 @click.argument("targets", nargs=-1, required=True)
-@_set
+@options.overrides
 @_kind
 @_refusals
 def check_manifests(targets: tuple[str, ...], overrides: tuple[str, ...], kind: Any) -> None:
