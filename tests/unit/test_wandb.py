@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,16 @@ def records(path: Path) -> Iterator[Any]:
             whole = b""
 
 
-def read(path: Path) -> list[Any]:
-    """The records of every attempt, in order."""
-    return [r for file in sorted((path / "run" / "wandb").glob("offline-run-*/run-*.wandb")) for r in records(file)]
+def read(path: Path, *, attempts: int = 1) -> list[Any]:
+    """The records of every attempt, in order. W&B's own process writes them, and is not done when ``finish`` is."""
+    deadline = time.monotonic() + 60
+    while True:
+        files = sorted((path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+        found = [record for file in files for record in records(file)]
+        if sum(record.WhichOneof("record_type") == "exit" for record in found) == attempts:
+            return found
+        assert time.monotonic() < deadline, files
+        time.sleep(0.05)
 
 
 def history(read: list[Any]) -> list[dict[str, Any]]:
@@ -95,8 +103,9 @@ def test_a_resumed_run_goes_on_with_the_same_id_and_a_failed_one_says_so(tmp_pat
     with pytest.raises(SessionError, match="was not finished"), session_of(settings, resume=True) as session:
         for _ in session:
             pass
-    run_ids = {r.run.run_id for r in read(tmp_path) if r.WhichOneof("record_type") == "run"}
+    found = read(tmp_path, attempts=2)
+    run_ids = {r.run.run_id for r in found if r.WhichOneof("record_type") == "run"}
     assert run_ids == {row["run_id"] for row in events(tmp_path, "tracking")}
     assert len(run_ids) == 1
-    assert summary(read(tmp_path))["ending"].startswith("fault: SessionError: step 4 was not finished")
-    assert [r.exit.exit_code for r in read(tmp_path) if r.WhichOneof("record_type") == "exit"] == [0, 1]
+    assert summary(found)["ending"].startswith("fault: SessionError: step 4 was not finished")
+    assert [r.exit.exit_code for r in found if r.WhichOneof("record_type") == "exit"] == [0, 1]
