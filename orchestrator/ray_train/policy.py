@@ -20,6 +20,7 @@ from ray.train.v2.api.config import ScalingConfig
 from orchestrator.config import RunConfig
 from orchestrator.ports import Commands
 from orchestrator.ray_train.host import BrainHost
+from orchestrator.ray_train.metrics import FleetMetrics
 
 _CALL_TIMEOUT_S = 30.0
 _HOLD_PATIENCE_S = 600.0
@@ -40,12 +41,14 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._held_ranks: set[int] = set()
         self._resize_began_s: float | None = None
         self._notes: list[Mapping[str, Any]] = []
+        self._metrics = FleetMetrics(config)
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._wanted
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._leave_group()
+        self._metrics.workers(wanted=self._wanted, present=0)
         self._send_resource_request()
         possible = self._possible_workers()
         if possible < self.scaling_config.min_workers:
@@ -59,6 +62,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         if host.error is not None:
             raise host.error
         self._maybe_send_resource_request()
+        self._metrics.workers(wanted=self._wanted, present=worker_group_state.num_workers)
         for status in worker_group_status.worker_statuses.values():
             if status.preemption_info is not None:
                 host.preempted(str(status.preemption_info))
@@ -86,6 +90,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             reason = str(current_state.training_failed_error).strip().splitlines()
             self._notes.append({"kind": "fault", "reason": " ".join(reason[:3])[:500]})
             self._resize_began_s = None
+            self._metrics.fault()
 
     def _finish_hold(self, host: BrainHost, now: int, worker_group_status: Any) -> ScalingDecision:
         for rank, status in worker_group_status.worker_statuses.items():
@@ -138,7 +143,11 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
     def _take_resize_cost_s(self) -> float | None:
         """Time from the word to hold until the new group is ready to train; ``None`` if no resize led here."""
         began, self._resize_began_s = self._resize_began_s, None
-        return None if began is None else time.monotonic() - began
+        if began is None:
+            return None
+        cost_s = time.monotonic() - began
+        self._metrics.resized(cost_s)
+        return cost_s
 
 
 def _caller(worker: Any) -> Callable[..., Any]:

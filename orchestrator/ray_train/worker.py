@@ -14,6 +14,7 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 from orchestrator.config import RunConfig
 from orchestrator.ports import Collective
 from orchestrator.ray_train.mailbox import open_mailbox
+from orchestrator.ray_train.metrics import RunMetrics
 from orchestrator.runtime.collective import ProcessGroupCollective, Solo
 from orchestrator.runtime.worker import Worker
 
@@ -39,6 +40,7 @@ def ray_worker(config: RunConfig) -> Worker:
         hold=_hold,
         report_checkpoint=_report,
         folder_ready=True,
+        trackers=(RunMetrics(config),) if zero else (),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,20 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
+def metrics_port() -> int:
+    """Where the cluster's metrics can be scraped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def cluster(metrics_port: int) -> Iterator[None]:
     import ray
 
+    # The agents read it there, not from a system config.
+    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112  # as Ray spells it
     scratch = tempfile.mkdtemp(prefix="gs-")  # short: Ray puts sockets below it
     ray.init(
         address="local",
@@ -25,6 +37,7 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level="error",
         _temp_dir=scratch,
+        _metrics_export_port=metrics_port,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}},
     )
     yield

@@ -76,3 +76,10 @@ def test_configs_in_the_readme_are_whole(tmp_path: Path) -> None:
         assert isinstance(yaml.safe_load(text), dict)
         (tmp_path / "c.yaml").write_text(text)
         load_config(tmp_path / "c.yaml")
+
+
+def test_the_metrics_of_the_readme_are_those_of_the_code() -> None:
+    from orchestrator.ray_train.metrics import exported_names
+
+    rows = dict(re.findall(r"\| `(ray_groundswell_\w+)` \| (.+) \|", README))
+    assert rows == exported_names()
