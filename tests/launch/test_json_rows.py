@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
+from rich.console import Console
 
 from launch import live
 from launch.json_rows import JsonRows, read_line
@@ -215,3 +218,20 @@ def test_a_stream_that_breaks_loses_no_line_and_repeats_none(text: str, seed: in
     assert lines == text.removesuffix("\n").split("\n") if text else not lines
     rest: Any = log.last()
     assert rest == []
+
+
+def test_on_a_terminal_lines_that_are_no_rows_stand_above_the_panel() -> None:
+    rows = LogRows("wave", live=False)
+    rows.add([json.dumps({"groundswell": "event", "at_s": 0.0, **START})])
+    for second in range(1, 4):
+        rows.add([json.dumps({"groundswell": "metrics", "at_s": float(second), **ROW, "samples_seen": 100 * second})])
+        rows.add([f"print {second} of the task"])
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, height=40)
+    progress = Progress(rows, clock=rows.clock)
+    live.show(progress, going=lambda: rows.behind, console=console)
+    shown = screen.getvalue()
+    assert [shown.count(f"print {second} of the task") for second in (1, 2, 3)] == [1, 1, 1]
+    assert "300 of 10,000" in shown
+    assert "samples/s  100" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert "100 of 10,000" not in shown  # what was long ago is passed over

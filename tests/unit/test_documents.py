@@ -40,7 +40,9 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("line", [line for line in blocks("bash")[3].splitlines() if line.startswith("groundswell")])
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("bash")[3:] for line in block.splitlines() if line.startswith("groundswell")]
+)
 def test_the_commands_of_the_readme_exist(line: str) -> None:
     words = line.split("#")[0].split()[1:]
     named = [word for word in words if word.isalpha() and word.islower()][
