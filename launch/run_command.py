@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,10 +32,12 @@ from launch.sources import FolderRows
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
+from orchestrator.runtime.spending import exhausted
 from orchestrator.runtime.tracking import check_libraries
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 _LOCAL_CLUSTER = "local"
+_ENDS = ("finished", "stopped")
 
 
 @click.command("run")
@@ -84,7 +87,7 @@ def run_command(
 
     \b
     Ctrl-C stops after the step at hand, saves, and prints the command that goes on.
-    Exit codes: 0 finished, 130 stopped, 1 failed, 2 refused before it started.
+    Exit codes: 0 finished, or ended by its budget; 130 stopped, 1 failed, 2 refused before it started.
     """
     if runtime != "ray" and address != _LOCAL_CLUSTER:
         raise click.UsageError(f"--address names a Ray cluster, which --runtime {runtime} does not use")
@@ -131,6 +134,10 @@ def run(
     speak = say if rows is None else rows.tell
     if resume and is_finished(settings, path):
         speak(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
+        return 0
+    used_up = exhausted(settings, path) if resume else None
+    if used_up is not None:
+        speak(f"Nothing was started: {used_up}; to go on with {path}, raise budget in its config.")
         return 0
     silence = unreachable(address)
     if silence is not None:
@@ -188,6 +195,9 @@ def _conclude(path: Path, job: Job, progress: Progress, *, command: str | None, 
         say("\n".join([*trace, f"The run failed: {why}"]), error=True)
         _say_resume(path, command)
         return EXIT_FAILED
+    if progress.ended is not None and progress.ended.get("budget_worker_hours"):
+        say(f"Ended at {progress.ended['samples_seen']:,} samples: {progress.ended['reason']}.\n{summary(path)}")
+        return 0
     if progress.ended is None or progress.ended["kind"] != "finished":
         if progress.ended is not None:
             say(f"Stopped at {progress.ended['samples_seen']:,} samples, saved in {path}.", error=True)
@@ -224,14 +234,23 @@ def summary(path: Path, *, took_s: float | None = None) -> str:
         workers = f"{first['world_size']} to {last['world_size']} workers"
     batch = f"batch {first['global_batch']}" + (f" to {largest}" if largest > first["global_batch"] else "")
     took = "" if took_s is None else f" in {duration(took_s)}"
-    lines = [f"Finished{took}: {last['samples_seen']:,} samples in {len(steps):,} steps, {batch}, {workers}."]
+    ended = deque((row for row in folder.rows(path / folder.EVENTS) if row["kind"] in _ENDS), maxlen=1)
+    how = "Finished" if not ended or ended[0]["kind"] == "finished" else "So far"
+    lines = [f"{how}{took}: {last['samples_seen']:,} samples in {len(steps):,} steps, {batch}, {workers}."]
     if evals:
         lines.append(f"Held out: {metrics_text(evals[-1])}")
+    lines += budget_lines(path)
     lines += advice_lines(path)
     lines.append(f"Picture:   {shlex.join(['groundswell', 'plot', str(path)])}")
     lines.append(f"Curves:    {shlex.join(['tensorboard', '--logdir', str(path / 'tensorboard')])}")
     lines.append(f"Decisions: {path / folder.EVENTS}")
     return "\n".join(lines)
+
+
+def budget_lines(path: Path) -> list[str]:
+    """What of its budget the run has used, where it has one."""
+    newest = deque((row for row in folder.rows(path / folder.EVENTS) if row["kind"] == "budget"), maxlen=1)
+    return [f"Used:      {row['reason']}." for row in newest]
 
 
 def advice_lines(path: Path) -> list[str]:

@@ -181,7 +181,9 @@ class Session:
         )
         self._randomness = SampleRandomness(config.run.seed, device)
         self._step: Step | None = None
-        self._course.begin(self._history.begin(resume=resume))
+        resumed = self._history.begin(resume=resume)
+        self._course.begin(resumed)
+        self._boundary.begin(stop=resumed.stop)
 
     # What the user's loop calls
 
@@ -220,7 +222,8 @@ class Session:
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
         """One item an optimizer step; each is an iterator over the micro-batches that this rank takes."""
-        self._boundary.branches()  # due where the run stopped
+        if not self._boundary.is_last:
+            self._boundary.branches()  # due where the run stopped
         while not self._boundary.is_last:
             step = self._begin_step()
             yield self._micro_batches(step)

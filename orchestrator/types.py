@@ -199,7 +199,19 @@ class Ordered:
     orders: Orders
 
 
-Event = GradMeasured | WorkersChanged | PlanRejected | Preempted | Branched | Ordered
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """``worker_hours`` were used by all attempts of the run so far.
+
+    ``reserve_worker_hours`` is what passes, and has to be left, until a stop that is asked for when this is told the
+    next time has saved a checkpoint and ended the workers.
+    """
+
+    worker_hours: float
+    reserve_worker_hours: float
+
+
+Event = GradMeasured | WorkersChanged | PlanRejected | Preempted | Branched | Ordered | Spent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +256,7 @@ class SaveCheckpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Training is complete."""
+    """Training is complete, or must end here; with a checkpoint."""
 
     reason: str
 

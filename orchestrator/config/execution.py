@@ -1,4 +1,4 @@
-"""On what does a run compute: how many workers, how samples are read, what is saved, and what it survives?"""
+"""On what does a run compute: how many workers, how samples are read, what it saves, survives and may cost?"""
 
 from __future__ import annotations
 
@@ -79,3 +79,38 @@ class RecoverySection(Section):
     max_failures: int = Field(
         default=3, ge=0, description="[failures] a run goes on from its last checkpoint so often; 0: never"
     )
+
+
+class BudgetSection(Section):
+    """What the run may cost, all of its attempts together; it ends in order before that is used up."""
+
+    worker_hours: float | None = Field(
+        default=None, gt=0, description="[worker-hours] that may be used, from a worker's start to its end"
+    )
+    money: float | None = Field(
+        default=None, gt=0, description="[any currency] that may be spent, at the price of a worker-hour"
+    )
+    price_per_worker_hour: float | None = Field(
+        default=None, gt=0, description="[the same currency / worker-hour] what an hour of a worker costs"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> BudgetSection:
+        if (self.money is None) == (self.price_per_worker_hour is None):
+            return self
+        given, missing = "money", "price_per_worker_hour"
+        fix = "write price_per_worker_hour as well, or worker_hours instead"
+        if self.money is None:
+            given, missing = missing, given
+            fix = "write money as well, or leave it out"
+        rule = f"money and the price of a worker-hour go together, and {missing} is not given"
+        refuse([Broken(keys=(given, missing), value=getattr(self, given), rule=rule, fix=fix)])
+        return self
+
+    @property
+    def limit_worker_hours(self) -> float | None:
+        """The tighter of the two, or ``None`` where there is no budget."""
+        limits = [] if self.worker_hours is None else [self.worker_hours]
+        if self.money is not None and self.price_per_worker_hour is not None:
+            limits.append(self.money / self.price_per_worker_hour)
+        return min(limits, default=None)

@@ -18,7 +18,13 @@ from orchestrator.config.batch_size import (
     MeasureSection,
 )
 from orchestrator.config.cluster import ClusterSection
-from orchestrator.config.execution import CheckpointSection, DataSection, RecoverySection, WorkersSection
+from orchestrator.config.execution import (
+    BudgetSection,
+    CheckpointSection,
+    DataSection,
+    RecoverySection,
+    WorkersSection,
+)
 from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
 from orchestrator.config.section import Broken, Section, refuse
 from orchestrator.config.tracking import TrackingSection
@@ -68,6 +74,7 @@ class RunConfig(Section):
     tracking: TrackingSection = Field(
         default_factory=TrackingSection, description="[section] which services follow the run besides its folder"
     )
+    budget: BudgetSection = Field(default_factory=BudgetSection, description="[section] what the run may cost")
     ledger: bool = Field(
         default=False, description="[true or false] write which samples each step consumed, to prove exactly-once"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from orchestrator.core import guard, noise, orders, staffing, throughput
+from orchestrator.core import budget, guard, noise, orders, staffing, throughput
 from orchestrator.core.branching import BranchSettings, calibrate
 from orchestrator.core.goodput import Goodput
 from orchestrator.core.guard import GuardState
@@ -36,6 +36,7 @@ from orchestrator.types import (
     Preempted,
     RequestWorkers,
     SaveCheckpoint,
+    Spent,
     Stop,
     Target,
     WorkersChanged,
@@ -71,6 +72,7 @@ class Rules:
     goodput: Goodput | None = None  # what chooses the workers, where it is known better than by micro-batches
     branching: BranchSettings | None = None  # of policy branched
     split: bool = False  # whether every micro-batch is computed in two halves, for the sake of comparing them
+    budget_worker_hours: float | None = None
     smallest_batch: int | None = None  # that a cap may be ordered at; None: the batch is never altered
 
 
@@ -107,6 +109,7 @@ class ControllerState:
     requested_workers: int | None = None
     kappa: float | None = None  # critical batch / noise scale, as branches last found it
     orders: Orders = field(default_factory=Orders)
+    spent: Spent | None = None  # of the budget, as last heard
 
 
 def init(rules: Rules, *, world_size: int) -> ControllerState:
@@ -145,6 +148,9 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
             return _branched(state, event, rules)
         case Ordered(orders=given):
             return replace(state, orders=given), Keep(reason=f"by order: {orders.sentence(given)}")
+        case Spent():
+            stop = budget.used_up(rules.budget_worker_hours, event)
+            return replace(state, spent=event), stop or Keep(reason="the budget lasts until the next look")
         case _:
             assert_never(event)
 
@@ -313,8 +319,9 @@ def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerSt
         resize_cost_s=rules.resize_cost_s if state.resize_cost_s is None else state.resize_cost_s,
         limits=rules.workers,
         when=rules.resize_when,
-        ceiling=orders.ceiling(state.orders),
     )
+    ceilings = (orders.ceiling(state.orders), budget.ceiling(need, rules.budget_worker_hours, state.spent))
+    need = replace(need, ceiling=staffing.tightest(ceilings))
     if (wanted := staffing.request(need, goodput=rules.goodput, timings=state.timings)) is None:
         return state, None
     return replace(state, requested_workers=wanted.num_workers), wanted

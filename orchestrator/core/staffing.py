@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,16 +42,21 @@ class Need:
     ceiling: Ceiling | None = None  # below that of the limits
 
 
+def tightest(ceilings: Iterable[Ceiling | None]) -> Ceiling | None:
+    """Of those that there are."""
+    return min((c for c in ceilings if c is not None), key=lambda c: c.workers, default=None)
+
+
 def request(need: Need, *, goodput: Goodput | None, timings: Timings) -> RequestWorkers | None:
     """What ``goodput`` makes of the step times, where it is given; else as many as the batch has micro-batches for.
 
     Workers above a ceiling are given back at once, even where none are ever asked for otherwise.
     """
     if need.ceiling is not None:
-        most = max(need.limits.minimum, min(need.limits.maximum, need.ceiling.workers))
+        most = max(need.limits.minimum, need.ceiling.workers)
         if need.asked > most:
             return RequestWorkers(num_workers=most, reason=need.ceiling.reason)
-        need = replace(need, limits=replace(need.limits, maximum=most))
+        need = replace(need, limits=replace(need.limits, maximum=min(need.limits.maximum, most)))
         goodput = None if goodput is None else replace(goodput, workers=need.limits)
     if need.when == "never":
         return None

@@ -48,6 +48,10 @@ class Boundary:
         self._stop_reason: str | None = None  # asked for on this rank
         self._stopped: str | None = None  # on all
 
+    def begin(self, *, stop: str | None) -> None:
+        """``stop`` says why no step is taken, where none is."""
+        self._stopped = stop
+
     def request_stop(self, reason: str) -> None:
         self._stop_reason = reason
 

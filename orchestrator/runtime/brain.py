@@ -30,6 +30,7 @@ from orchestrator.types import (
     PlanRejected,
     RequestWorkers,
     SaveCheckpoint,
+    Spent,
     Stop,
     Target,
     Verdict,
@@ -57,6 +58,7 @@ STATE_TYPES: Mapping[str, type] = {
         Branched,
         Ordered,
         Orders,
+        Spent,
     )
 }
 
@@ -84,6 +86,7 @@ class LocalBrain:
         self._answers: dict[int, Action] = {}
         self._notes: list[Mapping[str, Any]] = []
         self._save: str | None = None
+        self._stop: str | None = None
 
     def begin(self, record: BrainRecord, *, world_size: int, dataset_size: int, resize_cost_s: float | None) -> Welcome:
         self._rules = rules_from(self._config, dataset_size=dataset_size, workers_stay=self._workers_stay)
@@ -128,7 +131,9 @@ class LocalBrain:
             case SaveCheckpoint():
                 self._save = action.reason
             case Stop():
-                pass  # the session counts the samples itself and ends with this step
+                # The session counts the samples itself, and ends with the last of them.
+                if self.state.samples_seen < self.rules.total_samples:
+                    self._stop = action.reason
             case _:
                 assert_never(action)
         for old in [s for s in self._answers if s < step - self.rules.lag_steps - 1]:
@@ -153,8 +158,8 @@ class LocalBrain:
         raise AssertionError("this runtime never asks the workers to hold")
 
     def commands(self) -> Commands:
-        commands = Commands(save=self._save, notes=tuple(self._notes))
-        self._save, self._notes = None, []
+        commands = Commands(save=self._save, stop=self._stop, notes=tuple(self._notes))
+        self._save, self._stop, self._notes = None, None, []
         return commands
 
     def record(self) -> BrainRecord:

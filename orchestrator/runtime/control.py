@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -19,18 +18,10 @@ from orchestrator.ports import Brain
 from orchestrator.runtime import folder
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.control_requests import CONTROL, SUFFIX, Order, Request, read_request
-from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.journal import Journal, Moment
 from orchestrator.types import ApplyPlan, Ordered, Orders
 
 _SET_ASIDE = ".refused"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
-    """Before which step, at how many samples: the first step that the controller has not heard of."""
-
-    step: int
-    samples_seen: int
 
 
 def standing_orders(run: Path) -> Orders | None:

@@ -26,11 +26,12 @@ from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.brain import STATE_TYPES
+from orchestrator.runtime.budget_watch import BudgetWatch
 from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.checkpoints import CheckpointStore
-from orchestrator.runtime.control import ControlDesk, Moment, standing_orders
+from orchestrator.runtime.control import ControlDesk, standing_orders
 from orchestrator.runtime.ema import EmaWeights
-from orchestrator.runtime.journal import FinishedStep, Journal
+from orchestrator.runtime.journal import FinishedStep, Journal, Moment
 from orchestrator.runtime.rng import restore_rng, save_rng
 from orchestrator.runtime.tracking import check_libraries
 from orchestrator.runtime.worker import Worker
@@ -50,6 +51,7 @@ class Resumed:
     now: ApplyPlan
     pending: ApplyPlan | None
     in_force: InForce | None  # with the last step of the checkpoint
+    stop: str | None = None  # why no step is taken
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -87,6 +89,8 @@ class History:
         self._dataset_size = dataset_size
         self.journal = Journal(config, worker=worker, rules=rules, dataset_size=dataset_size)
         self._desk = ControlDesk(self._folder, journal=self.journal, rules=rules, workers_stay=worker.workers_stay)
+        self._budget = BudgetWatch(config, run=self._folder, worker=worker, journal=self.journal, rules=rules)
+        self._stop_reason: str | None = None  # the controller's
         self._told = Moment(step=0, samples_seen=0)  # what the controller has heard of
         self._announced: ApplyPlan | None = None
 
@@ -148,13 +152,26 @@ class History:
             raise welcome
         assert welcome is not None, "rank zero has a brain"
         if zero:
-            self.journal.started(welcome, self._model, checkpoint=path, step=step, samples_seen=samples_seen)
+            self.journal.started(
+                welcome,
+                self._model,
+                checkpoint=path,
+                step=step,
+                samples_seen=samples_seen,
+                paid_since=self._budget.paid_since,
+            )
             self._told, self._announced = Moment(step=step, samples_seen=samples_seen), welcome.pending
             standing = standing_orders(self._folder)
             if standing is not None:
                 self._desk.begin(standing, self._brain, self._told)
+            self._stop_reason = self._budget.begin(self._brain, self._told)
         return Resumed(
-            step=step, samples_seen=samples_seen, now=welcome.now, pending=welcome.pending, in_force=in_force
+            step=step,
+            samples_seen=samples_seen,
+            now=welcome.now,
+            pending=welcome.pending,
+            in_force=in_force,
+            stop=self._worker.collective.share(self._stop_reason),
         )
 
     def speak(self, said: Announcement, *, decided_at: Sequence[int], rest_steps: int) -> Announcement:
@@ -162,7 +179,9 @@ class History:
 
         Waits for a decision whose answer is late.
         """
+        self._budget.look(self._brain, self._told)
         commands = self._brain.commands()
+        self._stop_reason = commands.stop or self._stop_reason
         for note in commands.notes:
             self.journal.note(note, step=None, samples_seen=None)
         self._desk.take(self._brain, self._told, coming=self._coming)
@@ -273,6 +292,7 @@ class History:
             raise
         self._saved_step = step
         took = time.perf_counter() - began
+        self._budget.saved(took)
         self.journal.event("checkpoint", reason=why, step=step, samples_seen=samples_seen, path=path, duration_s=took)
         self._desk.saved(path, now)
         return path
@@ -289,11 +309,15 @@ class History:
         why = "the end" if finished else "stopped"
         path = self.save(step=step, samples_seen=samples_seen, in_force=in_force, why=why)
         self.journal.advice(step=step, samples_seen=samples_seen)
+        self._budget.end(Moment(step=step, samples_seen=samples_seen))
         if finished:
             self.journal.event("finished", reason=f"{samples_seen} samples seen", step=step, samples_seen=samples_seen)
         else:
-            reason = "by order" if self._desk.wants_stop else reason or "asked to"
-            self.journal.event("stopped", reason=reason, step=step, samples_seen=samples_seen)
+            reason = self._stop_reason or ("by order" if self._desk.wants_stop else reason or "asked to")
+            budget = None if self._stop_reason is None else self._config.budget.limit_worker_hours
+            self.journal.event(
+                "stopped", reason=reason, step=step, samples_seen=samples_seen, budget_worker_hours=budget
+            )
             if self.journal.is_open:
                 (self._folder / folder.STOP_REQUEST).unlink(missing_ok=True)
         self._desk.ended(path, Moment(step=step, samples_seen=samples_seen))

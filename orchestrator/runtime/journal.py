@@ -51,6 +51,14 @@ class FinishedStep:
     decides: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Before which step, at how many samples: the first step that the controller has not heard of."""
+
+    step: int
+    samples_seen: int
+
+
 @final
 class Journal:
     """``open`` comes first on rank zero, and is not called elsewhere."""
@@ -228,8 +236,16 @@ class Journal:
         self.event("advice", reason=reason, step=step, samples_seen=samples_seen, **evidence)
 
     def started(
-        self, welcome: Welcome, model: nn.Module, *, checkpoint: Path | None, step: int, samples_seen: int
+        self,
+        welcome: Welcome,
+        model: nn.Module,
+        *,
+        checkpoint: Path | None,
+        step: int,
+        samples_seen: int,
+        paid_since: float,
     ) -> None:
+        """``paid_since`` is the time from which the attempt's workers cost something."""
         assert self._writer is not None, "open() comes first"
         self._follow(self._writer.folder)
         plan = welcome.now.plan
@@ -241,6 +257,7 @@ class Journal:
             checkpoint=None if checkpoint is None else str(checkpoint),
             runtime=self._worker.runtime,
             workers_stay=self._worker.workers_stay,
+            workers_since=paid_since,
             device=str(self._worker.device),
             world_size=plan.world_size,
             global_batch=plan.batch,

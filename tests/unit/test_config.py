@@ -88,6 +88,7 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "active_deadline_s pre_running_deadline_s ttl_s backoff_limit idle_timeout_s kueue pod_monitor env secret_env "
         "labels annotations",
         "tracking": "mlflow_experiment wandb_project wandb_entity run_name tags every_s",
+        "budget": "worker_hours money price_per_worker_hour",
     }
     assert {name: set(model.model_fields) for name, model in sections()} == {
         k: set(v.split()) for k, v in shape.items()

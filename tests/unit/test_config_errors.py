@@ -167,6 +167,9 @@ CASES = [
     Case("run name with a folder", "run: {name: a/b}", "run.name", "a/b", "write a-b; run.dir", "run: {name: base}"),
     Case("run name that climbs", "run: {name: ..}", "run.name", "..", "such as my-run", "run: {name: base}"),
     Case("no run folder", 'run: {dir: ""}', "run.dir", '""', "must not be empty", "run: {name: base}"),
+    added("budget of nothing", "budget.worker_hours", "0", "more than 0"),
+    added("money without a price", "budget.money", "5.0", "write price_per_worker_hour as well"),
+    added("price without money", "budget.price_per_worker_hour", "5.0", "write money as well"),
     # One key against another
     changed("ceiling below", "batch.max", "16", "write 32 or more", 9),
     Case("floor above", "  min: 64", "batch.min", "64", "write 32 or less", "  max: 512"),
