@@ -42,11 +42,13 @@ def settings(tmp_path: Path, *, slow_save_s: float) -> Any:
     )
 
 
-def kill_at(run: Path, pids: Path, *, samples: int, rank: int, world_size: int) -> threading.Thread:
+def kill_at(
+    run: Path, pids: Path, *, samples: int, rank: int, world_size: int, patience_s: float = 120.0
+) -> threading.Thread:
     """SIGKILL the worker of ``rank`` once ``samples`` were seen by ``world_size`` workers."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             rows = list(folder.rows(run / folder.METRICS))
             if rows and rows[-1]["samples_seen"] >= samples and rows[-1]["world_size"] == world_size:

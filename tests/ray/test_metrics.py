@@ -87,7 +87,7 @@ def scraped(cluster: None, metrics_port: int, tmp_path_factory: pytest.TempPathF
         checkpoint={"every_samples": 100},
     )
     with Scraper(metrics_port) as scraper:
-        killer = kill_at(path / "swell", pids, samples=620, rank=1, world_size=2)
+        killer = kill_at(path / "swell", pids, samples=620, rank=1, world_size=2, patience_s=280.0)
         AdaptiveTrainer(settings).fit()
         killer.join()
         ray.get(ray.remote(_spend).remote(settings))
