@@ -91,7 +91,7 @@ class BudgetSection(Section):
         default=None, gt=0, description="[any currency] that may be spent, at the price of a worker-hour"
     )
     price_per_worker_hour: float | None = Field(
-        default=None, gt=0, description="[the same currency / worker-hour] what an hour of a worker costs"
+        default=None, gt=0, description="[money] what an hour of a worker costs, in the currency of budget.money"
     )
 
     @model_validator(mode="after")
