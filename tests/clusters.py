@@ -69,7 +69,7 @@ def run_configs(draw: st.DrawFn) -> dict[str, Any]:
         "head": st.fixed_dictionaries({}, optional={"cpus": st.integers(2, 8), **_PLACES}),
         "active_deadline_s": st.integers(1, 10**6),
         "pre_running_deadline_s": st.none() | st.integers(1, 10**5),
-        "ttl_s": st.integers(0, 10**5),
+        "ttl_s": st.integers(0, 2**31 - 1),
         "backoff_limit": st.integers(0, 9),
         "idle_timeout_s": st.integers(1, 600),
         "pod_monitor": st.fixed_dictionaries({"labels": _LABELS}),

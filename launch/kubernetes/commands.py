@@ -180,12 +180,19 @@ def _texts(target: str, overrides: tuple[str, ...], kind: Any) -> list[tuple[str
         files = sorted(each for each in path.iterdir() if each.suffix in (".yaml", ".yml"))
         if not files:
             raise GroundswellError(f"{target} holds no file that ends in .yaml")
-        return [(each.read_text(encoding="utf-8"), str(each)) for each in files]
-    if path.is_file() and _IS_MANIFEST.search(text := path.read_text(encoding="utf-8")):
+        return [(_read(each), str(each)) for each in files]
+    if path.is_file() and _IS_MANIFEST.search(text := _read(path)):
         return [(text, target)]
     settings = _load(target, overrides)
     _warn(settings)
     return [(dump(render(settings, kind=kind)), f"{target}, rendered")]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem(source=str(path), rule=f"cannot be read: {error}")) from error
 
 
 def _warn(settings: RunConfig) -> None:

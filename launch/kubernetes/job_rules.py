@@ -119,7 +119,7 @@ def _entrypoint_rules(entrypoint: str) -> Iterator[Finding]:
             path=path, value=entrypoint, rule=f"a shell cannot read it: {error}".lower(), fix="close the quotes"
         )
         return
-    if ended := next((word for word in words if set(word) <= set(";&|")), None):
+    if ended := next((word for word in words if word in (";", "&&", "||", "|")), None):
         rule = f"what follows {ended} would be run by the pod that submits, and not by the job"
         yield Finding(path=path, value=entrypoint, rule=rule, fix="write bash -c '...' around it")
 

@@ -157,8 +157,8 @@ def _ray_pod_spec(config: RunConfig, container: Tree, place: HeadSection | Worke
     spec = {**_pod_spec(config, container, place), "terminationGracePeriodSeconds": GRACE_S}
     if (claim := claim_name(config)) is not None:
         spec["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}]
-    is_spot = isinstance(place, WorkerGroupSection) and place.capacity == "spot"
-    if not is_spot and not place.node_selector and (elsewhere := _off_spot_nodes(cluster_of(config))):
+    # A spot group always says where its nodes are, so this is the head or an on-demand group.
+    if not place.node_selector and (elsewhere := _off_spot_nodes(cluster_of(config))):
         spec["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": elsewhere}}
     return spec
 

@@ -53,8 +53,9 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    odd = not text.replace("\n", "").isprintable()  # other line ends among them, which a block would not keep
     plain = dumper.resolve(yaml.ScalarNode, text, (True, False)) == "tag:yaml.org,2002:str"
-    style = "|" if "\n" in text else None if plain and not _NUMBER.fullmatch(text) else '"'
+    style = '"' if odd or not plain or _NUMBER.fullmatch(text) else "|" if "\n" in text else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -88,7 +89,7 @@ def load(text: str) -> list[Document]:
                     twice.append(path)
                 lines[path] = key.start_mark.line + 1
             lines.setdefault((), node.start_mark.line + 1)
-            data = loader.construct_document(node)
+            data = _with_text_keys(loader.construct_document(node))
             if data is not None:
                 documents.append(Document(data=data, lines=lines, twice=tuple(twice)))
     finally:
@@ -96,17 +97,26 @@ def load(text: str) -> list[Document]:
     return documents
 
 
-def _fields(node: yaml.Node, path: Path = ()) -> Iterator[tuple[Path, yaml.Node]]:
+def _with_text_keys(data: Any) -> Any:
+    """``data`` as JSON has it, whose keys are text: Kubernetes reads YAML by way of it."""
+    if isinstance(data, dict):
+        return {str(key).lower() if isinstance(key, bool) else str(key): _with_text_keys(v) for key, v in data.items()}
+    return [_with_text_keys(item) for item in data] if isinstance(data, list) else data
+
+
+def _fields(node: yaml.Node, path: Path = (), above: tuple[yaml.Node, ...] = ()) -> Iterator[tuple[Path, yaml.Node]]:
     """Every field below ``node`` with the node of its key; items of lists stand for themselves."""
+    if any(node is outer for outer in above):
+        raise yaml.MarkedYAMLError(problem="an alias may not contain itself", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
             yield here, key
-            yield from _fields(value, here)
+            yield from _fields(value, here, (*above, node))
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield (*path, index), item
-            yield from _fields(item, (*path, index))
+            yield from _fields(item, (*path, index), (*above, node))
 
 
 def _explained(text: str, kind: str, reason: Callable[[str, Path], str | None]) -> str:

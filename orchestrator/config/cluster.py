@@ -31,6 +31,7 @@ from orchestrator.config.section import Broken, Section, refuse
 
 # Variables that the manifests set, or that KubeRay does.
 OWN_VARIABLES = ("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+_MOST = 2**31 - 1  # Kubernetes keeps these numbers in 32 bits
 _OWN_DOMAINS = ("ray.io/", "kueue.x-k8s.io/", "app.kubernetes.io/")
 
 _SECRET_NAME = re.compile(
@@ -81,7 +82,7 @@ class WorkerGroupSection(Section):
         default=1, ge=1, description="[workers] in each pod, which has the CPU cores and GPUs of all of them"
     )
     max_workers: int | None = Field(
-        default=None, ge=1, description="[workers] the most in the pods of this group; null: workers.max"
+        default=None, ge=1, le=_MOST, description="[workers] the most in the pods of this group; null: workers.max"
     )
     cpus: int | None = Field(
         default=None, ge=1, description="[CPU cores] of a pod; null: just what its workers reserve"
@@ -204,16 +205,26 @@ class ClusterSection(Section):
     )
     storage: StorageSection = Field(description="[section] where the run's folder lies")
     active_deadline_s: int | None = Field(
-        default=None, ge=1, description="[s] the job is ended after so long, whatever it does; null: never"
+        default=None, ge=1, le=_MOST, description="[s] the job is ended after so long, whatever it does; null: never"
     )
     pre_running_deadline_s: int | None = Field(
-        default=1800, ge=1, description="[s] it is given up if its pods have not started by then; null: it waits on"
+        default=1800,
+        ge=1,
+        le=_MOST,
+        description="[s] it is given up if its pods have not started by then; null: it waits on",
     )
-    ttl_s: int = Field(default=600, ge=0, description="[s] the pods of a job that ended stay so long, to be looked at")
+    ttl_s: int = Field(
+        default=600, ge=0, le=_MOST, description="[s] the pods of a job that ended stay so long, to be looked at"
+    )
     backoff_limit: int = Field(
-        default=2, ge=0, description="[clusters] a job that failed goes on so often, each time on a new cluster"
+        default=2,
+        ge=0,
+        le=_MOST,
+        description="[clusters] a job that failed goes on so often, each time on a new cluster",
     )
-    idle_timeout_s: int = Field(default=60, ge=1, description="[s] a pod without a worker is given back after so long")
+    idle_timeout_s: int = Field(
+        default=60, ge=1, le=_MOST, description="[s] a pod without a worker is given back after so long"
+    )
     kueue: KueueSection | None = Field(default=None, description="[section] the queue to wait in; null: none")
     pod_monitor: PodMonitorSection | None = Field(
         default=None, description="[section] have Prometheus scrape the pods; null: no; {} asks for it as it is"

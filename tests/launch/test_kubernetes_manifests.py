@@ -232,6 +232,13 @@ def test_secrets_are_references_in_every_pod_that_trains() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["a\nb", "a\n\n", " a\nb ", "a\u2028b\nc", "a\x85b", "\tx\ny", "a\r\nb", "#\n: x", "\U0001f600"]
+)
+def test_text_of_several_lines_reads_back_equal(text: str) -> None:
+    assert load(dump([{"kind": "X", "value": [text, {"a": text}]}]))[0].data["value"] == [text, {"a": text}]
+
+
+@pytest.mark.parametrize(
     "word", ["yes", "on", "1e3", "0o17", "012", "1_000", "null", "~", "2024-01-01", "1:30", ".5", ""]
 )
 def test_text_stays_text_for_every_reader_of_yaml(word: str) -> None:

@@ -319,6 +319,12 @@ def test_a_broken_manifest_is_refused_by_the_name_of_its_field(changes: dict[str
         ),
         ("apiVersion: v1\nmetadata: {name: a}\n", "kind", "must be given"),
         ("kind: ConfigMap\n  a: [\n", None, "cannot be read as YAML"),
+        ("kind: &a {b: *a}\n", None, "an alias may not contain itself"),
+        (
+            "kind: ConfigMap\napiVersion: v1\nmetadata: {name: a, labels: {7: a, yes: 2}}\n",
+            "metadata.labels.true",
+            "text",
+        ),
         ("---\n", None, "no manifest"),
     ],
 )
@@ -338,8 +344,9 @@ def test_a_name_of_a_standing_cluster_may_be_a_little_longer() -> None:
     assert [problem.key for problem in check(dump([cluster]), "c").problems] == ["metadata.name"]
 
 
-def test_a_command_in_quotes_is_one_command() -> None:
-    manifest = changed({"spec.entrypoint": "bash -c 'python a.py && python b.py'"})
+@pytest.mark.parametrize("entrypoint", ["bash -c 'python a.py && python b.py'", "python a.py '' 2>&1"])
+def test_what_a_shell_reads_as_one_command_is_one(entrypoint: str) -> None:
+    manifest = changed({"spec.entrypoint": entrypoint})
     assert check(dump([manifest]), "job.yaml").problems == ()
 
 

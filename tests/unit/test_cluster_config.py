@@ -98,6 +98,7 @@ GROUP = "cluster.worker_groups=[{name: a, memory_gib: 3, "
         ("cluster.env={RAY_ADDRESS: x}", "cluster.env.RAY_ADDRESS", "remove it"),
         ("cluster.secret_env={A: {secret: b}}", "cluster.secret_env.A.key", "must be given"),
         ("cluster.labels={ray.io/x: y}", "cluster.labels", "rename it"),
+        ("cluster.ttl_s=2147483648", "cluster.ttl_s", "at most 2147483647"),
         ("cluster.ttl_s=10 min", "cluster.ttl_s", "write 600,"),
         ("cluster.imge=x:1", "cluster.imge", "did you mean cluster.image?"),
     ],
