@@ -33,10 +33,12 @@ def _on_a_cluster(command: Callable[..., int]) -> Callable[..., None]:
     @ALLOW_UNAUTHENTICATED
     @wraps(command)
     def wrapped(*, address: str | None, allow_unauthenticated: bool, **rest: Any) -> None:
-        from launch.ray_jobs.head import connect, head_address
+        from launch.ray_jobs.head import answering, connect, head_address
 
         try:
-            code = command(connect(head_address(address), allow_unauthenticated=allow_unauthenticated), **rest)
+            client = connect(head_address(address), allow_unauthenticated=allow_unauthenticated)
+            with answering(client):
+                code = command(client, **rest)
         except GroundswellError as error:
             say(str(error), error=True)
             code = EXIT_REFUSED

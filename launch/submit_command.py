@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,11 @@ from launch.live import say
 from launch.run_command import EXIT_REFUSED, run_dir_override
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import ConfigError, GroundswellError, Problem
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from launch.ray_jobs.jobs import RunJob
 
 _BEGIN_PATIENCE_S = 20.0
 _LOOK_EVERY_S = 0.5
@@ -93,8 +99,8 @@ def _submit(
     settings: RunConfig, *, address: str | None, follow_it: bool, stop_patience_s: int, allow_unauthenticated: bool
 ) -> int:
     from launch.ray_jobs import jobs, package
-    from launch.ray_jobs.follow import conclude, follow, read_log
-    from launch.ray_jobs.head import check_versions, connect, head_address
+    from launch.ray_jobs.follow import follow
+    from launch.ray_jobs.head import answering, check_versions, connect, head_address
 
     url = head_address(address)
     client = connect(url, allow_unauthenticated=allow_unauthenticated)
@@ -103,6 +109,7 @@ def _submit(
     note = check_versions(client, ray_version=ray.__version__)
     if note is not None:
         say(note)
+    number = jobs.next_number(client, settings.run.name)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / f"{settings.run.name}.zip"
         found = package.contents(Path.cwd())
@@ -111,14 +118,27 @@ def _submit(
             say(left)
         config_path = package.pack(Path.cwd(), settings, found=found, target=target)
         say(f"{Path.cwd()}: {len(found.files)} files, {package.in_bytes(target.stat().st_size)} to send")
-        job = jobs.submit(client, settings, package=target, config_path=config_path, stop_patience_s=stop_patience_s)
+        job = jobs.submit(
+            client,
+            settings,
+            number=number,
+            package=target,
+            config_path=config_path,
+            stop_patience_s=stop_patience_s,
+        )
     say(f"{settings.run.name} was submitted to {url} as {job.submission_id}; it is kept in {job.folder}")
-    if follow_it:
-        return follow(client, job)
-    # A head without what the job needs fails it at once, and that is better said now.
+    with answering(client):
+        return follow(client, job) if follow_it else _watch_it_begin(client, job)
+
+
+def _watch_it_begin(client: JobSubmissionClient, job: RunJob) -> int:
+    """A head without what the job needs fails it at once, and that is better said now."""
+    from launch.ray_jobs.follow import conclude, read_log
+    from launch.ray_jobs.jobs import refresh
+
     until_s = time.monotonic() + _BEGIN_PATIENCE_S
     while time.monotonic() < until_s:
-        job = jobs.refresh(client, job)
+        job = refresh(client, job)
         if not job.goes_on and job.exit_code != 0:
             say(read_log(client, job).rstrip(), error=True)
             return conclude(client, job)

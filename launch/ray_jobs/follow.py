@@ -155,8 +155,8 @@ def newest(client: JobSubmissionClient, job: RunJob) -> Progress | None:
 
 
 def read_log(client: JobSubmissionClient, job: RunJob) -> str:
-    """All that the job has printed; nothing where its node is gone."""
+    """All that the job has printed; nothing where its node, or the head, is gone."""
     try:
         return client.get_job_logs(job.submission_id)
-    except RuntimeError:  # Ray's word for every answer but 200
+    except (RuntimeError, OSError):  # Ray's word for every answer but 200; no answer
         return ""

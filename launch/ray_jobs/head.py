@@ -10,6 +10,8 @@ import ipaddress
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -86,6 +88,15 @@ def connect(address: str, *, allow_unauthenticated: bool) -> JobSubmissionClient
         raise ClusterError(
             f"Ray's client cannot use {address}: {_first_line(error)}; {_HOW_TO_AUTHENTICATE}"
         ) from error
+
+
+@contextmanager
+def answering(client: JobSubmissionClient) -> Iterator[None]:
+    """Turn a connection that breaks into ``ClusterError``."""
+    try:
+        yield
+    except OSError as error:  # as are all errors of requests
+        raise ClusterError(f"the head at {client.get_address()} answers no longer ({_first_line(error)})") from error
 
 
 def check_versions(client: JobSubmissionClient, *, ray_version: str) -> str | None:

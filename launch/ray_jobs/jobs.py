@@ -72,14 +72,8 @@ def refresh(client: JobSubmissionClient, job: RunJob) -> RunJob:
     return _job(client.get_job_info(job.submission_id))
 
 
-def submit(
-    client: JobSubmissionClient, config: RunConfig, *, package: Path, config_path: str, stop_patience_s: int
-) -> RunJob:
-    """Submit the next attempt of a run, which begins it or goes on with it.
-
-    Raises ``ClusterError`` where an attempt goes on already, for a run has one writer.
-    """
-    name = config.run.name
+def next_number(client: JobSubmissionClient, name: str) -> int:
+    """Of the run's next submission. Raises ``ClusterError`` where one goes on already, for a run has one writer."""
     before = [job for job in all_jobs(client) if job.run == name]
     for job in before:
         if job.goes_on:
@@ -87,7 +81,20 @@ def submit(
                 f"{name} is {job.state} on this cluster as {job.submission_id}: groundswell logs {name} --follow shows "
                 f"it, groundswell stop {name} stops it; another run needs another run.name"
             )
-    number = 1 + max((job.number for job in before), default=0)
+    return 1 + max((job.number for job in before), default=0)
+
+
+def submit(
+    client: JobSubmissionClient,
+    config: RunConfig,
+    *,
+    number: int,
+    package: Path,
+    config_path: str,
+    stop_patience_s: int,
+) -> RunJob:
+    """Submit a run, which begins it or goes on with it; ``package`` holds the config at ``config_path``."""
+    name = config.run.name
     submission_id = f"groundswell-{name}-{number}"
     # exec: the supervisor's SIGTERM goes to the command itself, once, and not to a shell as well.
     command = ["python", "-m", "launch.cli", "run", config_path, "--address", "auto", "--auto-resume"]
