@@ -114,8 +114,9 @@ def stop_command(client: JobSubmissionClient, *, run: str) -> int:
     progress = newest(client, job)
     if progress is None:
         say(f"{job.run} stopped before it had begun")
-    elif progress.ended is not None:
-        say(f"{job.run} {progress.ended['kind']} at {progress.ended['samples_seen']:,} samples, saved in {job.folder}")
+    elif progress.saved_samples is not None:  # the run says no end where it is stopped in the middle of a resize
+        how = "stopped" if progress.ended is None else progress.ended["kind"]
+        say(f"{job.run} {how} at {progress.saved_samples:,} samples, saved in {job.folder}")
     else:
         say(
             f"{job.run} was ended before it could save; the steps since its last checkpoint will be taken again. "

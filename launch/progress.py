@@ -31,6 +31,7 @@ class Progress:
         self.now: dict[str, Any] | None = None  # the newest line of metrics
         self.evaluation: dict[str, Any] | None = None
         self.ended: dict[str, Any] | None = None  # the event that training ended with
+        self.checkpoint: dict[str, Any] | None = None  # the event of the newest one
         self.told: list[str] = []
         self.heard: list[str] = []  # lines of the newest update that are not of this project, such as a task's prints
         self._untold: list[str] = []
@@ -67,6 +68,16 @@ class Progress:
     def behind(self) -> bool:
         """Whether there is more to read at once."""
         return self._source.behind
+
+    @property
+    def saved_samples(self) -> int | None:
+        """The samples seen of an end without loss: one that the run said, or a checkpoint of its last step."""
+        if self.ended is not None:
+            return int(self.ended["samples_seen"])
+        if self.checkpoint is None or self.now is None:
+            return None
+        saved = int(self.checkpoint["samples_seen"])
+        return saved if saved >= int(self.now["samples_seen"]) else None
 
     @property
     def total_samples(self) -> int | None:
@@ -113,7 +124,10 @@ class Progress:
         if kind in ("finished", "stopped"):
             self.ended = event
             return None
-        if kind in ("plan", "checkpoint", "outcome", "advice"):  # the advice is the end's to tell
+        if kind == "checkpoint":
+            self.checkpoint = event
+            return None
+        if kind in ("plan", "outcome", "advice"):  # the advice is the end's to tell
             return None
         if kind == "resize":
             return f"workers {event['from_workers']} -> {event['to_workers']}{at}: {reason}"

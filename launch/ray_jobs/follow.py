@@ -131,8 +131,8 @@ def conclude(client: JobSubmissionClient, job: RunJob) -> int:
         raise ClusterError(f"{job.submission_id} is {job.state} on the cluster, though its log has ended")
     if job.state == "stopped":
         reached = newest(client, job)
-        end = None if reached is None else reached.ended
-        how = "was ended" if end is None else f"stopped at {end['samples_seen']:,} samples, saved in {job.folder}"
+        saved = None if reached is None else reached.saved_samples
+        how = "was ended" if saved is None else f"stopped at {saved:,} samples, saved in {job.folder}"
         say(f"{job.run} {how}; submitting it again goes on from the last checkpoint.", error=True)
     elif job.state == "failed":
         log = read_log(client, job)

@@ -98,6 +98,18 @@ def test_what_follows_from_something_else_is_not_told(run: Run, kind: str) -> No
     assert run.event(kind) == []
 
 
+def test_nothing_is_lost_by_an_end_that_was_said_or_that_came_right_after_a_checkpoint(run: Run) -> None:
+    run.event("started")
+    assert run.progress.saved_samples is None
+    run.row(0.0, samples_seen=1024)
+    run.event("checkpoint", samples_seen=1024)
+    assert run.progress.saved_samples == 1024
+    run.row(1.0, samples_seen=1056)
+    assert run.progress.saved_samples is None
+    run.event("stopped", samples_seen=1056)
+    assert run.progress.saved_samples == 1056
+
+
 @pytest.mark.parametrize(
     ("kind", "rest", "line"),
     [
