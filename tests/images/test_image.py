@@ -35,7 +35,7 @@ trap 'kill $worker $head' EXIT
 wget -qO- http://127.0.0.1:METRICS/metrics | grep -q '^# HELP'
 if wget -qO- http://127.0.0.1:DASHBOARD/api/jobs/; then exit 3; else echo "refused without a token" >> seen; fi
 wget -qO- --header="Authorization: Bearer $(cat token)" http://127.0.0.1:DASHBOARD/api/jobs/ >> seen
-groundswell run digits --set train.epochs=2 --set workers.max=1 --set run.name=on_cluster \
+groundswell run digits --set train.epochs=4 --set workers.max=1 --set run.name=on_cluster \
     --address 127.0.0.1:GCS >> seen
 kill $worker
 wait $worker || true
