@@ -5,5 +5,6 @@
 # Ray's usual port, or at the one named.
 command=$(tr '\0' ' ' <"/proc/${1:-1}/cmdline") || exit 1
 case "$command" in
+"") exit 1 ;; # it has ended, and nobody has noticed
 *"ray start "*) wget --quiet --tries=1 --timeout=5 --output-document=/dev/null "http://127.0.0.1:${2:-52365}/api/healthz" || exit 1 ;;
 esac

@@ -47,3 +47,10 @@ def test_what_is_no_node_is_well_while_it_runs(tmp_path: Path, command: str) -> 
     with process(command) as pid:
         assert judge(tmp_path, str(pid), answer=4) == (0, "")
     assert judge(tmp_path, str(pid), answer=0) == (1, "")
+
+
+def test_what_has_ended_unnoticed_is_not_well(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # its id stays taken until someone waits for it
+    assert judge(tmp_path, str(ended.pid), answer=0) == (1, "")
+    ended.wait()

@@ -26,13 +26,14 @@ ray start --head --block --num-cpus=0 --num-gpus=0 --object-store-memory=2000000
     --metrics-export-port=METRICS > head.log 2>&1 &
 head=$!
 trap 'kill $head' EXIT
-tries=0
-until groundswell-health $head AGENT; do tries=$((tries + 1)); test $tries -lt 90; sleep 1; done
+comes() { tries=0; until "$@"; do tries=$((tries + 1)); test $tries -lt 90; sleep 1; done; }
+comes groundswell-health $head AGENT
 echo "the head is well" > seen
 ray start --block --address=127.0.0.1:GCS --num-cpus=1 --object-store-memory=200000000 > worker.log 2>&1 &
 worker=$!
 trap 'kill $worker $head' EXIT
-wget -qO- http://127.0.0.1:METRICS/metrics | grep -q '^# HELP'
+comes wget -qO metrics http://127.0.0.1:METRICS/metrics
+grep -q '^# HELP' metrics
 if wget -qO- http://127.0.0.1:DASHBOARD/api/jobs/; then exit 3; else echo "refused without a token" >> seen; fi
 wget -qO- --header="Authorization: Bearer $(cat token)" http://127.0.0.1:DASHBOARD/api/jobs/ >> seen
 groundswell run digits --set train.epochs=4 --set workers.max=1 --set run.name=on_cluster \
