@@ -211,7 +211,14 @@ class Spent:
     reserve_worker_hours: float
 
 
-Event = GradMeasured | WorkersChanged | PlanRejected | Preempted | Branched | Ordered | Spent
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkersMissing:
+    """``present`` workers are there, and more that were asked for did not come for so long that they are given up."""
+
+    present: int
+
+
+Event = GradMeasured | WorkersChanged | PlanRejected | Preempted | Branched | Ordered | Spent | WorkersMissing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,14 @@ class WorkersSection(Section):
     resize_cost_s: float = Field(
         default=10.0, ge=0, description="[s] what a resize is taken to cost until one was measured"
     )
+    patience_s: float = Field(
+        default=600.0, gt=0, description="[s] after which workers that do not come are given up; below min the run ends"
+    )
+    retry_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="[samples] until workers that were given up are asked for again; null: not before workers restart",
+    )
     cpus_per_worker: float = Field(default=1.0, gt=0, description="[CPU cores] reserved for each worker")
     gpus_per_worker: float = Field(
         default=0.0, ge=0, description="[GPUs] reserved for each worker; 0 trains on the CPU"

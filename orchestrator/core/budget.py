@@ -20,13 +20,14 @@ def used_up(budget_worker_hours: float | None, spent: Spent) -> Stop | None:
 
 
 def ceiling(need: Need, budget_worker_hours: float | None, spent: Spent | None) -> Ceiling | None:
-    """The most workers that what is left pays to the end of the run, at the present batch; ``None``: no budget.
+    """The most workers that what is left pays to the end of the run, at the present batch; ``None``: no budget, or
+    a fleet that is to stay.
 
     N workers take the steps that are left in ceil(k / N) micro-batches each, k of them in the batch, and all N are paid
     meanwhile; another number than ``need.asked`` is a resize first, which pauses both fleets. Before enough steps were
     timed, and where no fleet reaches the end, there are no more than there are.
     """
-    if budget_worker_hours is None or spent is None:
+    if budget_worker_hours is None or spent is None or need.when == "never":
         return None
     each, asked, limits = throughput.micro_batch_time_s(need.times), need.asked, need.limits
     if each is None:

@@ -19,7 +19,7 @@ from orchestrator.core.noise import NoiseSettings, NoiseState
 from orchestrator.core.planner import WorkerLimits, make_plan
 from orchestrator.core.policy_inputs import Policy, PolicyInputs
 from orchestrator.core.schedules import Schedule
-from orchestrator.core.staffing import Need, ResizeWhen
+from orchestrator.core.staffing import Missing, Need, ResizeWhen
 from orchestrator.core.throughput import StepTimes, Timings
 from orchestrator.types import (
     Action,
@@ -40,6 +40,7 @@ from orchestrator.types import (
     Stop,
     Target,
     WorkersChanged,
+    WorkersMissing,
     assert_never,
 )
 
@@ -72,6 +73,7 @@ class Rules:
     goodput: Goodput | None = None  # what chooses the workers, where it is known better than by micro-batches
     branching: BranchSettings | None = None  # of policy branched
     split: bool = False  # whether every micro-batch is computed in two halves, for the sake of comparing them
+    retry_samples: int | None = None  # until workers that did not come are asked for again; None: never
     budget_worker_hours: float | None = None
     smallest_batch: int | None = None  # that a cap may be ordered at; None: the batch is never altered
 
@@ -109,6 +111,7 @@ class ControllerState:
     requested_workers: int | None = None
     kappa: float | None = None  # critical batch / noise scale, as branches last found it
     orders: Orders = field(default_factory=Orders)
+    missing: Missing | None = None  # workers that were given up
     spent: Spent | None = None  # of the budget, as last heard
 
 
@@ -148,6 +151,11 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
             return _branched(state, event, rules)
         case Ordered(orders=given):
             return replace(state, orders=given), Keep(reason=f"by order: {orders.sentence(given)}")
+        case WorkersMissing(present=present):
+            again = None if rules.retry_samples is None else state.samples_seen + rules.retry_samples
+            missing = Missing(workers=present, until_samples=again)
+            state = replace(state, requested_workers=present, missing=missing)
+            return state, Keep(reason=f"training goes on with {present} workers")
         case Spent():
             stop = budget.used_up(rules.budget_worker_hours, event)
             return replace(state, spent=event), stop or Keep(reason="the budget lasts until the next look")
@@ -320,7 +328,11 @@ def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerSt
         limits=rules.workers,
         when=rules.resize_when,
     )
-    ceilings = (orders.ceiling(state.orders), budget.ceiling(need, rules.budget_worker_hours, state.spent))
+    ceilings = (
+        orders.ceiling(state.orders),
+        budget.ceiling(need, rules.budget_worker_hours, state.spent),
+        None if state.missing is None else state.missing.ceiling(state.samples_seen),
+    )
     need = replace(need, ceiling=staffing.tightest(ceilings))
     if (wanted := staffing.request(need, goodput=rules.goodput, timings=state.timings)) is None:
         return state, None

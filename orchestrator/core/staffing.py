@@ -42,6 +42,19 @@ class Need:
     ceiling: Ceiling | None = None  # below that of the limits
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """More than ``workers`` did not come; none are asked for before ``until_samples``, or at all where that is None."""
+
+    workers: int
+    until_samples: int | None
+
+    def ceiling(self, samples_seen: int) -> Ceiling | None:
+        if self.until_samples is not None and samples_seen >= self.until_samples:
+            return None
+        return Ceiling(workers=self.workers, reason=f"more than {self.workers} workers did not come")
+
+
 def tightest(ceilings: Iterable[Ceiling | None]) -> Ceiling | None:
     """Of those that there are."""
     return min((c for c in ceilings if c is not None), key=lambda c: c.workers, default=None)
@@ -57,7 +70,8 @@ def request(need: Need, *, goodput: Goodput | None, timings: Timings) -> Request
         if need.asked > most:
             return RequestWorkers(num_workers=most, reason=need.ceiling.reason)
         need = replace(need, limits=replace(need.limits, maximum=min(need.limits.maximum, most)))
-        goodput = None if goodput is None else replace(goodput, workers=need.limits)
+        if goodput is not None and goodput.workers is not None:
+            goodput = replace(goodput, workers=need.limits)
     if need.when == "never":
         return None
     return _by_micro_batches(need) if goodput is None else _by_goodput(need, goodput, throughput.fit(timings))

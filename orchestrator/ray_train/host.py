@@ -27,7 +27,7 @@ from orchestrator.ray_train.mailbox import (
     exchange,
 )
 from orchestrator.runtime.brain import LocalBrain, encode_state
-from orchestrator.types import Event, Preempted, assert_never
+from orchestrator.types import Event, Preempted, WorkersMissing, assert_never
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,14 @@ class BrainHost:
         with self._lock:
             self._injected.append(Preempted(why=why))
 
+    def missing(self, *, asked: int, present: int, waited_s: float) -> None:
+        """The workers that were asked for did not come."""
+        reason = f"{asked} workers asked for, and {present} there after {waited_s:.0f} s: training goes on with these"
+        note = {"kind": "workers_missing", "reason": reason, "asked": asked, "present": present, "waited_s": waited_s}
+        with self._lock:
+            self._injected.append(WorkersMissing(present=present))
+            self._queued.append(Commands(notes=(note,)))
+
     def close(self) -> None:
         self._closed.set()
 
@@ -84,8 +92,10 @@ class BrainHost:
             with self._lock:
                 deliveries, self._queued = tuple(self._queued), []
                 injected, self._injected = self._injected, []
-            for event in injected if self.begun else ():
-                self._brain.post(event)
+            if self.begun and injected:
+                for event in injected:
+                    self._brain.post(event)
+                self._want()
             try:
                 drained = self._call(exchange, deliveries)
             except Exception as error:  # the worker is gone; Ray Train's own poll finds out and says why

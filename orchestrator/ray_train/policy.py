@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from ray.train.v2.api.config import ScalingConfig
 
 from orchestrator.config import RunConfig
+from orchestrator.errors import SessionError
 from orchestrator.ports import Commands
 from orchestrator.ray_train.host import BrainHost
 from orchestrator.ray_train.metrics import FleetMetrics
@@ -42,6 +43,8 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._resize_began_s: float | None = None
         self._notes: list[Mapping[str, Any]] = []
         self._metrics = FleetMetrics(config)
+        self._few_since_s: float | None = None  # fewer than the fewest could be started
+        self._short: tuple[int, int, float] | None = None  # (there, wanted, since when [s]) while fewer are there
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._wanted
@@ -52,7 +55,9 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._send_resource_request()
         possible = self._possible_workers()
         if possible < self.scaling_config.min_workers:
+            self._wait_for_the_fewest(possible)
             return NoopDecision()
+        self._few_since_s = None
         return self._get_resize_decision(possible)
 
     def make_decision_for_running_worker_group(
@@ -74,7 +79,10 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             self._wanted = wanted
             self._send_resource_request()
         now = worker_group_state.num_workers
-        if not host.begun or now == self._wanted:
+        if not host.begun:
+            return NoopDecision()
+        self._wait_for_more(host, now)
+        if now == self._wanted:
             return NoopDecision()
         then = self._possible_workers()
         if then < self.scaling_config.min_workers or then == now or (then < now and self._wanted > now):
@@ -109,6 +117,33 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         if host.hold_failed or (patience_over and not self._held_ranks):
             self._hold_to = None
         return NoopDecision()
+
+    def _wait_for_the_fewest(self, possible: int) -> None:
+        now_s = time.monotonic()
+        self._few_since_s = now_s if self._few_since_s is None else self._few_since_s
+        waited_s, workers = now_s - self._few_since_s, self._config.workers
+        if waited_s < workers.patience_s:
+            return
+        each = f"{workers.cpus_per_worker:g} CPUs" + f" and {workers.gpus_per_worker:g} GPUs" * bool(
+            workers.gpus_per_worker
+        )
+        raise SessionError(
+            f"the cluster had room for {possible} workers of {each} after {waited_s:.0f} s, and training needs "
+            f"workers.min, {workers.min}: make room or add nodes and resume, or lower workers.min or what a worker "
+            "needs, or wait longer with workers.patience_s"
+        )
+
+    def _wait_for_more(self, host: BrainHost, now: int) -> None:
+        """Give up workers that do not come: the controller then asks for no more than there are."""
+        if now >= self._wanted:
+            self._short = None
+            return
+        if self._short is None or self._short[:2] != (now, self._wanted):
+            self._short = now, self._wanted, time.monotonic()
+        waited_s = time.monotonic() - self._short[2]
+        if waited_s >= self._config.workers.patience_s:
+            host.missing(asked=self._wanted, present=now, waited_s=waited_s)
+            self._short = None
 
     def _possible_workers(self) -> int:
         self._latest_reserved_resources_query_time = float("-inf")  # ask now: a stale count would resize to nothing

@@ -82,7 +82,7 @@ class _FailurePolicy(DefaultFailurePolicy):
 
 def own_error(error: BaseException) -> GroundswellError | None:
     """The error of ours that made Ray Train fail, if one did."""
-    for failure in getattr(error, "worker_failures", {}).values():
+    for failure in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, GroundswellError):

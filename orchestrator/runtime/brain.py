@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, final
 
 from orchestrator.config import RunConfig
-from orchestrator.core import codec, controller, guard, noise, throughput
+from orchestrator.core import codec, controller, guard, noise, staffing, throughput
 from orchestrator.core.controller import ControllerState, Rules
 from orchestrator.ports import BrainRecord, Commands, Welcome
 from orchestrator.runtime.rules import rules_from
@@ -35,6 +35,7 @@ from orchestrator.types import (
     Target,
     Verdict,
     WorkersChanged,
+    WorkersMissing,
     assert_never,
 )
 
@@ -59,6 +60,8 @@ STATE_TYPES: Mapping[str, type] = {
         Ordered,
         Orders,
         Spent,
+        WorkersMissing,
+        staffing.Missing,
     )
 }
 
@@ -94,7 +97,8 @@ class LocalBrain:
             self._state = controller.init(self._rules, world_size=world_size)
             reason = "the run begins"
         else:
-            self._state = decode_state(record.state)
+            # The workers were started anew since others were given up, and the cluster may be another one.
+            self._state = replace(decode_state(record.state), missing=None)
             reason = "the run goes on"
         for event in record.tail:
             self.post(event)

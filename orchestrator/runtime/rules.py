@@ -63,6 +63,7 @@ def rules_from(config: RunConfig, *, dataset_size: int, workers_stay: bool = Fal
         planned=settings.name in PLANNED,
         sees_clock=sees_clock(settings),
         goodput=goodput_of(settings) if settings.name == "goodput" else None,
+        retry_samples=config.workers.retry_samples,
         budget_worker_hours=config.budget.limit_worker_hours,
         smallest_batch=settings.floor if act and control.policy != "fixed" else None,
     )

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from orchestrator.config import RunConfig
+from orchestrator.config.execution import BudgetSection
 from orchestrator.core import budget, controller
 from orchestrator.core.controller import advance
 from orchestrator.core.planner import WorkerLimits, make_plan
@@ -27,10 +28,12 @@ from orchestrator.runtime.collective import Solo
 from orchestrator.runtime.journal import Journal, Moment
 from orchestrator.runtime.rules import rules_from
 from orchestrator.runtime.spending import ENDING_S, attempts, end_s, exhausted, worker_hours_of
-from orchestrator.runtime.worker import Worker
+from orchestrator.runtime.worker import Worker, local_worker
+from orchestrator.train import train
 from orchestrator.types import BatchPlan, Event, Keep, RequestWorkers, Spent, Stop
 from tests.support import config
 from tests.unit.planted import measured, rules
+from tests.unit.small_runs import groundswell
 
 HOUR = 3600.0
 
@@ -90,6 +93,7 @@ def test_no_workers_are_added_before_their_price_is_known_and_none_limit_without
     spent = Spent(worker_hours=0.0, reserve_worker_hours=0.0)
     assert budget.ceiling(wish, None, spent) is None
     assert budget.ceiling(wish, 10.0, None) is None
+    assert budget.ceiling(replace(wish, when="never"), 0.001, spent) is None
     untimed = budget.ceiling(replace(wish, times=StepTimes()), 10.0, spent)
     assert untimed is not None
     assert untimed.workers == 2
@@ -265,3 +269,23 @@ def test_a_process_knows_how_old_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert since == pytest.approx(boot + ticks / os.sysconf("SC_CLK_TCK"), abs=2.0)
     monkeypatch.setattr(Path, "read_text", lambda self: "no such system")
     assert since < process_start.process_start() <= time.time()
+
+
+def test_an_attempt_whose_budget_is_used_up_takes_no_step_and_saves(tmp_path: Path) -> None:
+    broke = config(
+        tmp_path, task={"name": "tests.launch.small_task:make"}, budget={"money": 0.001, "price_per_worker_hour": 2.0}
+    )
+    assert train(broke, local_worker(broke), resume=False) is False
+    run = tmp_path / "run"
+    events = list(folder.rows(run / folder.EVENTS))
+    assert [row["kind"] for row in events] == ["started", "checkpoint", "budget", "stopped"]
+    assert "the budget of 0.0005 worker-hours is used up" in events[-1]["reason"]
+    assert not (run / folder.METRICS).exists()
+    again = groundswell(broke, "--resume")
+    assert again.exit_code == 0
+    assert "Nothing was started: the budget of" in again.output
+    richer = groundswell(broke.model_copy(update={"budget": BudgetSection(worker_hours=1000.0)}), "--resume")
+    assert richer.exit_code == 0, richer.output
+    rows = folder.surviving(run / folder.METRICS)
+    assert (rows[0]["step"], rows[-1]["samples_seen"]) == (0, 640)
+    assert "Used:      " in richer.output

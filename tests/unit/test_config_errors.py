@@ -167,6 +167,7 @@ CASES = [
     Case("run name with a folder", "run: {name: a/b}", "run.name", "a/b", "write a-b; run.dir", "run: {name: base}"),
     Case("run name that climbs", "run: {name: ..}", "run.name", "..", "such as my-run", "run: {name: base}"),
     Case("no run folder", 'run: {dir: ""}', "run.dir", '""', "must not be empty", "run: {name: base}"),
+    added("no patience", "workers.patience_s", "0", "more than 0"),
     added("budget of nothing", "budget.worker_hours", "0", "more than 0"),
     added("money without a price", "budget.money", "5.0", "write price_per_worker_hour as well"),
     added("price without money", "budget.price_per_worker_hour", "5.0", "write money as well"),
