@@ -6,7 +6,6 @@ the cluster gives the same order from there.
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, cast
 import click
 from filelock import FileLock, Timeout
 
+from launch import options
 from launch.live import say
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
@@ -49,7 +49,10 @@ class _Cap(click.ParamType):
 @click.option(
     "--timeout", "timeout_s", default=60.0, show_default=True, metavar="S", help="How long to wait for the answer."
 )
-@click.option("--address", metavar="URL", help="Give the order on the Ray cluster whose job server is there.")
+@click.option(
+    "--address", metavar="URL", help="Give the order on the Ray cluster that RUN was submitted to: http://HOST:8265."
+)
+@options.allow_unauthenticated
 def control_command(
     run: str,
     order: Order,
@@ -58,8 +61,9 @@ def control_command(
     run_dir: str,
     timeout_s: float,
     address: str | None,
+    allow_unauthenticated: bool,
 ) -> None:
-    """Operate RUN, the folder or the name of a running job.
+    """Operate RUN, the folder or the name of a running job; with --address, of one that was submitted.
 
     \b
     hold        the batch stays, and no other number of workers is asked for
@@ -79,13 +83,15 @@ def control_command(
         raise click.UsageError(
             "cap needs --max-batch, --max-workers or both" if order == "cap" else f"{order} takes no caps"
         )
-    if address is not None and not (Path(run).is_absolute() or Path(run_dir).is_absolute()):
-        raise click.UsageError(
-            "with --address give RUN or --run-dir as an absolute path, as the cluster's nodes see it"
-        )
     try:
         if address is not None:
-            sys.exit(_from_there(run, order, caps, run_dir=run_dir, timeout_s=timeout_s, address=address))
+            from launch.ray_jobs.errand import give_there
+
+            arguments = ["--timeout", f"{timeout_s:g}"]
+            for key, value in caps.items():
+                arguments += [f"--{key.replace('_', '-')}", "none" if value is None else str(value)]
+            code = give_there(run, arguments, address=address, order=order, allow_unauthenticated=allow_unauthenticated)
+            sys.exit(code)
         sys.exit(_give(_folder_of(run, run_dir), order, caps, timeout_s=timeout_s))
     except GroundswellError as error:
         say(str(error), error=True)
@@ -146,14 +152,3 @@ def _is_written(path: Path) -> bool:
         return True
     except (OSError, NotImplementedError):
         return True
-
-
-def _from_there(
-    run: str, order: str, caps: Mapping[str, int | None], *, run_dir: str, timeout_s: float, address: str
-) -> int:
-    from launch.control_job import run_there
-
-    arguments = [run, order, "--run-dir", run_dir, "--timeout", f"{timeout_s:g}"]
-    for key, value in caps.items():
-        arguments += [f"--{key.replace('_', '-')}", "none" if value is None else str(value)]
-    return run_there(shlex.join(["python", "-m", "launch.cli", "control", *arguments]), address, order=order)

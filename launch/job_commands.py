@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from launch import options
 from launch.live import batch_text, duration, noise_text, number, say
 from launch.progress import Progress, counted
 from launch.run_command import EXIT_FAILED, EXIT_REFUSED
-from launch.submit_command import ADDRESS, ALLOW_UNAUTHENTICATED
+from launch.submit_command import ADDRESS
 from orchestrator.errors import GroundswellError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def _on_a_cluster(command: Callable[..., int]) -> Callable[..., None]:
     """Give a command Ray's client of the head, and turn what is refused into exit code 2."""
 
     @ADDRESS
-    @ALLOW_UNAUTHENTICATED
+    @options.allow_unauthenticated
     @wraps(command)
     def wrapped(*, address: str | None, allow_unauthenticated: bool, **rest: Any) -> None:
         from launch.ray_jobs.head import answering, connect, head_address

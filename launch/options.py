@@ -16,3 +16,6 @@ no_plugins = click.option(
     is_flag=True,
     help="Refuse a config that names code of its own (module:attribute), for configs that you did not write.",
 )
+allow_unauthenticated = click.option(
+    "--allow-unauthenticated", is_flag=True, help="Also use a head on another machine that asks for no token."
+)

@@ -31,9 +31,6 @@ ADDRESS = click.option(
     help="The head's, such as http://head:8265; else what RAY_API_SERVER_ADDRESS or RAY_ADDRESS names by http, else "
     "http://127.0.0.1:8265.",
 )
-ALLOW_UNAUTHENTICATED = click.option(
-    "--allow-unauthenticated", is_flag=True, help="Also use a head on another machine that asks for no token."
-)
 
 
 @click.command("submit")
@@ -52,7 +49,7 @@ ALLOW_UNAUTHENTICATED = click.option(
     metavar="SECONDS",
     help="How long a stop waits for the checkpoint before the job is killed.",
 )
-@ALLOW_UNAUTHENTICATED
+@options.allow_unauthenticated
 def submit_command(
     config: str,
     overrides: tuple[str, ...],

@@ -18,6 +18,11 @@ _ASKED_TO_STOP = re.compile(r"(\[.*logging\.cc:\d+: )?\*\*\* SIGTERM received at
 _WHERE_IT_WAS = re.compile(r"(\[.*logging\.cc:\d+: )?(PC: @|    @ )")
 
 
+def said_by_the_job(log: str) -> str:
+    """A whole log without what Ray wrote before the entrypoint spoke."""
+    return "\n".join(line for line in log.splitlines() if not _OF_RAY.match(line))
+
+
 @final
 class LogText:
     """The whole lines of a text that arrives in pieces, and from its first character again after ``begin_again``."""

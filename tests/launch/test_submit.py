@@ -111,6 +111,9 @@ def test_a_run_is_followed_left_shown_again_stopped_and_goes_on(
     assert status.startswith("wave: running for ")
     assert re.search(r"\d+ of 1,000,000 \(\d+%\) samples seen, loss ", status)
     assert "batch 32 = 1 x 4 x 8, 1 worker" in status
+    code, answer, _ = ask(open_head, "control", "wave", "checkpoint")
+    assert code == 0
+    assert re.match(r"checkpoint \(step \d+, [\d,]+ samples\): .*step-\d{9}", answer)
     code, _, refused = ask(open_head, "submit", given)
     assert code == 2
     assert "wave is running on this cluster as groundswell-wave-1: groundswell logs wave --follow" in refused
