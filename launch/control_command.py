@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
-from filelock import FileLock, Timeout
 
 from launch import options
 from launch.live import say
@@ -112,7 +111,7 @@ def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s
     ended = _ended(path)
     if ended is not None:
         raise RunFolderError(f"{path} is not running: it has {ended}")
-    if not _is_written(path):
+    if not folder.is_written(path):
         say(f"{path} is written by no process now; an attempt that begins within {timeout_s:g} s will answer")
     request = write_request(path, order, caps=caps)
     try:
@@ -122,7 +121,9 @@ def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s
     finally:
         withdraw_request(path, request)
     if answer is None:
-        running = "it is running, and may be in a long step or evaluation" if _is_written(path) else "it is not running"
+        running = (
+            "it is running, and may be in a long step or evaluation" if folder.is_written(path) else "it is not running"
+        )
         raise RunFolderError(f"no answer from {path} within {timeout_s:g} s: {running}; the order was withdrawn")
     at = f"step {answer['step']}, {answer['samples_seen']:,} samples"
     say(f"{order}{'' if answer['accepted'] else ' refused'} ({at}): {answer['reason']}", error=not answer["accepted"])
@@ -140,15 +141,4 @@ def _ended(path: Path) -> str | None:
     """How the run has ended, if nobody goes on with it."""
     kinds = [row["kind"] for row in folder.rows(path / folder.EVENTS)]
     last = next((kind for kind in reversed(kinds) if kind in ("started", "resumed", "finished", "stopped")), None)
-    return last if last in ("finished", "stopped") and not _is_written(path) else None
-
-
-def _is_written(path: Path) -> bool:
-    """Whether a process has the run's folder open for writing, as far as the storage knows locks."""
-    try:
-        with FileLock(path / folder.LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except (OSError, NotImplementedError):
-        return True
+    return last if last in ("finished", "stopped") and not folder.is_written(path) else None

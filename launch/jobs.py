@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from types import FrameType, TracebackType
 from typing import Any, final
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import GroundswellError
+from orchestrator.errors import GroundswellError, SessionError
 
 _SHUTDOWN_PATIENCE_S = 10.0
+HEAD_PATIENCE_S = 45.0  # less than Ray's own minute, after which it ends this process
+_LOOK_FOR_HEAD_EVERY_S = 1.0
 
 
 @final
@@ -24,9 +27,18 @@ class Job:
     """Training in a background thread, and what came of it; ``tell`` is given what the run's folder cannot hold."""
 
     def __init__(
-        self, config: RunConfig, *, runtime: str, resume: bool, address: str, tell: Callable[[str], None]
+        self,
+        config: RunConfig,
+        *,
+        runtime: str,
+        resume: bool,
+        address: str,
+        tell: Callable[[str], None],
+        head_patience_s: float = HEAD_PATIENCE_S,
     ) -> None:
         self.error: BaseException | None = None
+        self.head_is_lost = False
+        self._head_patience_s = head_patience_s
         self._config, self._resume, self._address, self._tell = config, resume, address, tell
         self._kill: Callable[[], None] = _end_children
         start = {"local": self._local, "torchrun": self._torchrun, "ray": self._ray}[runtime]
@@ -35,7 +47,8 @@ class Job:
 
     @property
     def running(self) -> bool:
-        return self._thread.is_alive()
+        """A job whose head is lost is over, although what waits for the head may never end."""
+        return self._thread.is_alive() and not self.head_is_lost
 
     @property
     def failure(self) -> str:
@@ -55,7 +68,7 @@ class Job:
         try:
             start()
         except BaseException as error:  # shown by the main thread
-            self.error = error
+            self.error = self.error or error
 
     def _local(self) -> None:
         from orchestrator.runtime.worker import local_worker
@@ -72,10 +85,45 @@ class Job:
         spawn(self._config, resume=self._resume, on_start=can_end, tell=self._tell)
 
     def _ray(self) -> None:
+        from launch.doctor import unreachable
         from launch.ray_cluster import fit
 
         self._kill = _shut_ray_down
-        fit(self._config, resume=self._resume, address=self._address)
+        over = threading.Event()
+        head: list[str] = []
+
+        def started(gcs: str) -> None:
+            head.append(gcs)
+            threading.Thread(target=self._watch_head, args=(gcs, over), name="head", daemon=True).start()
+
+        try:
+            fit(self._config, resume=self._resume, address=self._address, on_start=started)
+        except Exception as error:
+            # What Ray says when its head goes away has many words, and not these.
+            if head and not isinstance(error, GroundswellError) and unreachable(head[0]) is not None:
+                raise _lost(head[0]) from error
+            raise
+        finally:
+            over.set()
+
+    def _watch_head(self, head: str, over: threading.Event) -> None:
+        """Ray itself waits for a head that died for a minute, and then ends the process without a word."""
+        from launch.doctor import unreachable
+
+        heard_s = time.monotonic()
+        while not over.wait(_LOOK_FOR_HEAD_EVERY_S):
+            if unreachable(head) is None:
+                heard_s = time.monotonic()
+            elif time.monotonic() - heard_s >= self._head_patience_s and not over.is_set():
+                self.error, self.head_is_lost = _lost(head), True
+                return
+
+
+def _lost(head: str) -> SessionError:
+    return SessionError(
+        f"the head of the Ray cluster at {head} is gone, and with it the run's controller; start a head again, and go "
+        "on from the newest checkpoint (its workers end by themselves within a minute or two)"
+    )
 
 
 class WorkersError(Exception):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from orchestrator.config import RunConfig
 
 
-def fit(config: RunConfig, *, resume: bool, address: str) -> None:
-    """Train to the end or to a stop. Raises the error that ended it, ours where it was ours."""
+def fit(config: RunConfig, *, resume: bool, address: str, on_start: Callable[[str], None]) -> None:
+    """Train to the end or to a stop. Raises the error that ended it, ours where it was ours.
+
+    ``on_start`` is given the host and port of the head, once it is known.
+    """
     import ray
 
     from orchestrator.ray_train.trainer import AdaptiveTrainer, own_error
@@ -25,6 +29,7 @@ def fit(config: RunConfig, *, resume: bool, address: str) -> None:
             logging_level="error",
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )
+    on_start(str(ray.get_runtime_context().gcs_address))
     try:
         AdaptiveTrainer(config, resume=resume).fit()
     except Exception as error:

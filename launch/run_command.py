@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,7 @@ import yaml
 from launch import options
 from launch.bundled import find_config
 from launch.doctor import unreachable
-from launch.jobs import Interrupts, Job, quiet_libraries
+from launch.jobs import HEAD_PATIENCE_S, Interrupts, Job, quiet_libraries
 from launch.json_rows import JsonRows, show_json
 from launch.live import duration, say, show
 from launch.progress import Progress, counted, metrics_text
@@ -37,6 +38,7 @@ from orchestrator.runtime.tracking import check_libraries
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 _LOCAL_CLUSTER = "local"
+_OTHERS_END_S = 180.0
 _ENDS = ("finished", "stopped")
 
 
@@ -72,6 +74,14 @@ _ENDS = ("finished", "stopped")
     show_default=True,
     help="What is printed: for people, or a JSON object a line for programs that follow.",
 )
+@click.option(
+    "--head-patience",
+    "head_patience_s",
+    default=HEAD_PATIENCE_S,
+    show_default=True,
+    metavar="S",
+    help="How long a head of the Ray cluster that answers nobody is waited for.",
+)
 def run_command(
     config: str,
     overrides: tuple[str, ...],
@@ -82,6 +92,7 @@ def run_command(
     auto_resume: bool,
     address: str,
     log_format: str,
+    head_patience_s: float,
 ) -> None:
     """Train CONFIG: a path, or the name of a bundled config (groundswell config list).
 
@@ -99,7 +110,10 @@ def run_command(
     command += [] if address == _LOCAL_CLUSTER else ["--address", address]
     try:
         settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
-        resume = resume or (auto_resume and folder.exists(Path(settings.run.dir) / settings.run.name))
+        path = Path(settings.run.dir) / settings.run.name
+        if auto_resume:
+            resume = resume or folder.exists(path)
+            _wait_for_others(path)
         code = run(
             settings,
             runtime=runtime,
@@ -107,6 +121,7 @@ def run_command(
             address=address,
             command=shlex.join(command) if log_format == "text" else None,
             log_format=log_format,
+            head_patience_s=head_patience_s,
         )
     except GroundswellError as error:
         say(str(error), error=True)
@@ -119,7 +134,14 @@ def run_command(
 
 
 def run(
-    settings: RunConfig, *, runtime: str, resume: bool, address: str, command: str | None, log_format: str = "text"
+    settings: RunConfig,
+    *,
+    runtime: str,
+    resume: bool,
+    address: str,
+    command: str | None,
+    log_format: str = "text",
+    head_patience_s: float = HEAD_PATIENCE_S,
 ) -> int:
     """Train ``settings`` and return the exit code.
 
@@ -150,7 +172,14 @@ def run(
     progress = Progress(FolderRows(path) if rows is None else rows)
     tell = progress.tell if rows is None else rows.tell
     with Interrupts() as interrupts:
-        job = Job(settings, runtime=runtime, resume=resume, address=address, tell=tell)
+        job = Job(
+            settings,
+            runtime=runtime,
+            resume=resume,
+            address=address,
+            tell=tell,
+            head_patience_s=head_patience_s,
+        )
         asked = False
 
         def tick() -> None:
@@ -163,7 +192,8 @@ def run(
             (path / folder.STOP_REQUEST).touch()  # again and again: a recovery on the way begins without it
             if not asked:
                 asked = True
-                tell("stopping after this step, with a checkpoint (Ctrl-C again to stop at once) ...")
+                again = " (Ctrl-C again to stop at once)" if rows is None else ""
+                tell(f"stopping after this step, with a checkpoint{again} ...")
 
         try:
             if rows is None:
@@ -180,7 +210,12 @@ def run(
             raise
     with suppress(NotADirectoryError):  # the run's folder could not be made; the job's error says so
         (path / folder.STOP_REQUEST).unlink(missing_ok=True)
-    return _conclude(path, job, progress, command=command, speak=speak)
+    code = _conclude(path, job, progress, command=command, speak=speak)
+    if job.head_is_lost:
+        # Threads wait for a head that is not there, and so would an orderly end of the interpreter.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 class _EndNowError(Exception):
@@ -189,14 +224,14 @@ class _EndNowError(Exception):
 
 def _conclude(path: Path, job: Job, progress: Progress, *, command: str | None, speak: Callable[[str], None]) -> int:
     if job.error is not None:
-        if isinstance(job.error, GroundswellError) and progress.start is None:
+        if isinstance(job.error, GroundswellError) and progress.start is None and not job.head_is_lost:
             raise job.error
         *trace, why = job.failure.split("\n") if job.failure.startswith("Traceback") else [job.failure]
         say("\n".join([*trace, f"The run failed: {why}"]), error=True)
         _say_resume(path, command)
         return EXIT_FAILED
     if progress.ended is not None and progress.ended.get("budget_worker_hours"):
-        say(f"Ended at {progress.ended['samples_seen']:,} samples: {progress.ended['reason']}.\n{summary(path)}")
+        speak(f"Ended at {progress.ended['samples_seen']:,} samples: {progress.ended['reason']}.\n{summary(path)}")
         return 0
     if progress.ended is None or progress.ended["kind"] != "finished":
         if progress.ended is not None:
@@ -207,6 +242,16 @@ def _conclude(path: Path, job: Job, progress: Progress, *, command: str | None, 
         return EXIT_STOPPED
     speak(summary(path, took_s=progress.running_s))
     return 0
+
+
+def _wait_for_others(path: Path) -> None:
+    """Let workers of an attempt that was cut off from its head come to their end, which takes them a minute or two."""
+    if not folder.is_written(path):
+        return
+    say(f"{path} is still being written, perhaps by workers whose cluster died: waiting up to {_OTHERS_END_S:g} s")
+    until_s = time.monotonic() + _OTHERS_END_S
+    while folder.is_written(path) and time.monotonic() < until_s:
+        time.sleep(1.0)
 
 
 def is_finished(settings: RunConfig, path: Path) -> bool:

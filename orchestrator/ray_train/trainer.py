@@ -17,6 +17,7 @@ from orchestrator.ray_train.worker import run_worker
 from orchestrator.runtime.history import prepare
 
 DEFAULT_TRAIN = "orchestrator.train:train"
+_RAYS_LIST = "checkpoint_manager_snapshot.json"
 
 
 class AdaptiveTrainer(TorchTrainer):
@@ -38,7 +39,9 @@ class AdaptiveTrainer(TorchTrainer):
         # Workers run in folders of their own, so the run's must not depend on the current one.
         folder = Path(config.run.dir).expanduser().resolve()
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
-        prepare(config, resume=resume)
+        # Ray's own list of checkpoints is behind our store, which may have deleted what it names: once a controller was
+        # killed, Ray would refuse the folder.
+        (prepare(config, resume=resume) / _RAYS_LIST).unlink(missing_ok=True)
         self._groundswell = config
         self._answer_delay_s = answer_delay_s
         workers = config.workers

@@ -79,6 +79,19 @@ def exists(folder: Path) -> bool:
     return (folder / EVENTS).exists()
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a process writes the run in ``folder``, as far as the storage knows locks."""
+    if not folder.exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0, thread_local=False):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+
+
 def check(folder: Path, *, resume: bool) -> None:
     """Refuse to write over a run, or to resume what is not there. Raises ``RunFolderError``."""
     if exists(folder) and not resume:

@@ -110,6 +110,25 @@ def test_a_finished_run_is_not_run_again_but_may_be_made_longer(
     assert CliRunner().invoke(ledger_group, ["verify", str(tmp_path / "run")]).exit_code == 0
 
 
+def test_auto_resume_waits_for_those_who_still_write_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    assert start(settings) == 0
+    run_folder = tmp_path / "run"
+    left_over = folder.RunWriter(run_folder)
+    began_s = time.monotonic()
+    threading.Timer(1.5, left_over.close).start()
+    done = call("run", str(file), "--runtime", "local", "--auto-resume", "--set", "train.samples=1280")
+    assert done.exit_code == 0, done.output
+    assert time.monotonic() - began_s > 1.5
+    assert f"{run_folder} is still being written" in done.output
+    assert events(tmp_path)[-1]["samples_seen"] == 1280
+    assert not folder.is_written(run_folder)
+
+
 def test_auto_resume_begins_and_goes_on_by_one_command(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config(tmp_path).model_dump(mode="json")))
