@@ -13,8 +13,8 @@ import click
 
 from launch import options
 from launch.live import batch_text, duration, noise_text, number, say
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED
 from launch.progress import Progress, counted
-from launch.run_command import EXIT_FAILED, EXIT_REFUSED
 from launch.submit_command import ADDRESS
 from orchestrator.errors import GroundswellError
 

@@ -6,28 +6,24 @@ a stop through that folder, which reaches rank zero wherever it is; a second one
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shlex
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import click
-import yaml
 
 from launch import options
 from launch.bundled import find_config
 from launch.doctor import unreachable
 from launch.jobs import HEAD_PATIENCE_S, Interrupts, Job, quiet_libraries
 from launch.json_rows import JsonRows, show_json
-from launch.live import duration, say, show
-from launch.progress import Progress, counted, metrics_text
+from launch.live import say, show
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, advice_lines, is_finished, summary
+from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.sources import FolderRows
 from orchestrator.config import RunConfig, load_config
@@ -36,10 +32,8 @@ from orchestrator.runtime import folder
 from orchestrator.runtime.spending import exhausted
 from orchestrator.runtime.tracking import check_libraries
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 _LOCAL_CLUSTER = "local"
 _OTHERS_END_S = 180.0
-_ENDS = ("finished", "stopped")
 
 
 @click.command("run")
@@ -109,7 +103,9 @@ def run_command(
     command += [] if run_dir is None else ["--run-dir", run_dir]
     command += [] if address == _LOCAL_CLUSTER else ["--address", address]
     try:
-        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
+        settings = load_config(
+            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
+        )
         path = Path(settings.run.dir) / settings.run.name
         if auto_resume:
             resume = resume or folder.exists(path)
@@ -252,72 +248,6 @@ def _wait_for_others(path: Path) -> None:
     until_s = time.monotonic() + _OTHERS_END_S
     while folder.is_written(path) and time.monotonic() < until_s:
         time.sleep(1.0)
-
-
-def is_finished(settings: RunConfig, path: Path) -> bool:
-    """Whether the run in ``path`` has seen all samples that ``settings`` ask for."""
-    kinds = ("started", "resumed", "finished", "stopped")
-    events = [row for row in folder.rows(path / folder.EVENTS) if row["kind"] in kinds]
-    if not events or events[-1]["kind"] != "finished":
-        return False
-    size = next(int(row["dataset_size"]) for row in events if "dataset_size" in row)
-    train = settings.train
-    total = train.samples if train.samples is not None else round((train.epochs or 0) * size)
-    return int(events[-1]["samples_seen"]) >= total
-
-
-def summary(path: Path, *, took_s: float | None = None) -> str:
-    """How a finished run ended, in a few plain lines."""
-    steps = folder.surviving(path / folder.METRICS)
-    evals = folder.surviving(path / folder.EVALS)
-    if not steps:
-        return "No step was taken."
-    first, last = steps[0], steps[-1]
-    largest = max(row["global_batch"] for row in steps)
-    workers = counted(first["world_size"], "worker")
-    if last["world_size"] != first["world_size"]:
-        workers = f"{first['world_size']} to {last['world_size']} workers"
-    batch = f"batch {first['global_batch']}" + (f" to {largest}" if largest > first["global_batch"] else "")
-    took = "" if took_s is None else f" in {duration(took_s)}"
-    ended = deque((row for row in folder.rows(path / folder.EVENTS) if row["kind"] in _ENDS), maxlen=1)
-    how = "Finished" if not ended or ended[0]["kind"] == "finished" else "So far"
-    lines = [f"{how}{took}: {last['samples_seen']:,} samples in {len(steps):,} steps, {batch}, {workers}."]
-    if evals:
-        lines.append(f"Held out: {metrics_text(evals[-1])}")
-    lines += budget_lines(path)
-    lines += advice_lines(path)
-    lines.append(f"Picture:   {shlex.join(['groundswell', 'plot', str(path)])}")
-    lines.append(f"Curves:    {shlex.join(['tensorboard', '--logdir', str(path / 'tensorboard')])}")
-    lines.append(f"Decisions: {path / folder.EVENTS}")
-    return "\n".join(lines)
-
-
-def budget_lines(path: Path) -> list[str]:
-    """What of its budget the run has used, where it has one."""
-    newest = deque((row for row in folder.rows(path / folder.EVENTS) if row["kind"] == "budget"), maxlen=1)
-    return [f"Used:      {row['reason']}." for row in newest]
-
-
-def advice_lines(path: Path) -> list[str]:
-    """What a run that only advised said at its newest end; nothing for other runs."""
-    advice: dict[str, Any] | None = None
-    for row in folder.rows(path / folder.EVENTS):
-        if row["kind"] in ("started", "resumed"):
-            advice = None  # a later attempt may act
-        elif row["kind"] == "advice":
-            advice = row
-    if advice is None:
-        return []
-    lines = [f"Advice:    {advice['reason']}."]
-    if advice.get("config"):
-        sections = yaml.safe_dump(advice["config"], default_flow_style=True, sort_keys=False, width=math.inf)
-        lines.append(f"           As a config: {sections.strip()}")
-    return lines
-
-
-def run_dir_override(run_dir: str | None) -> list[str]:
-    """``--run-dir`` as an override of the config; quoted, so that YAML reads any path as text."""
-    return [] if run_dir is None else [f"run.dir={json.dumps(run_dir, ensure_ascii=False)}"]
 
 
 def _say_resume(path: Path, command: str | None) -> None:

@@ -13,7 +13,7 @@ import click
 from launch import options
 from launch.bundled import find_config
 from launch.live import say
-from launch.run_command import EXIT_REFUSED, run_dir_override
+from launch.outcome import EXIT_REFUSED
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import ConfigError, GroundswellError, Problem
 
@@ -67,7 +67,9 @@ def submit_command(
     Exit codes: 0 submitted, or with --follow finished, 130 stopped, 1 failed, 2 refused, 3 left running by Ctrl-C.
     """
     try:
-        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
+        settings = load_config(
+            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
+        )
         _refuse_folder_of_the_job(settings)
         code = _submit(
             settings,

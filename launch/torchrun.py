@@ -23,9 +23,9 @@ from launch.jobs import quiet_libraries
 from launch.launched import Group, belongs_to, goes_on, write_note
 from launch.live import say, show_plain
 from launch.notice import Notice
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, summary
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
-from launch.run_command import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, run_dir_override, summary
 from launch.sources import FolderRows
 from launch.spawn import OTHERS, OURS, said_line
 from orchestrator.config import RunConfig, load_config, to_yaml
@@ -66,7 +66,9 @@ def main(
     add_working_directory()
     quiet_libraries()
     try:
-        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
+        settings = load_config(
+            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
+        )
         code = _train(
             settings, rank=rank, resume=resume, auto_resume=auto_resume, elastic=elastic, for_process=for_process
         )

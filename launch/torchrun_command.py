@@ -22,7 +22,7 @@ from launch.bundled import find_config
 from launch.jobs import quiet_libraries
 from launch.launched import goes_on
 from launch.live import say
-from launch.run_command import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, run_dir_override, summary
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, summary
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError
 
@@ -138,7 +138,9 @@ def torchrun_command(
         rendezvous[key] = value
     rdzv_id = rdzv_id or str(uuid.uuid4())
     try:
-        settings = load_config(find_config(config), [*overrides, *run_dir_override(run_dir)], plugins=not no_plugins)
+        settings = load_config(
+            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
+        )
         path = Path(settings.run.dir) / settings.run.name
         going_on = goes_on(path, launch=rdzv_id, resume=resume, auto_resume=auto_resume)
     except GroundswellError as error:

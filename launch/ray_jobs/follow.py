@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, final
 
 from launch.jobs import Interrupts
 from launch.live import say, show, show_plain
+from launch.outcome import EXIT_FAILED
 from launch.progress import Progress
 from launch.ray_jobs.head import ClusterError
 from launch.ray_jobs.jobs import RunJob, refresh
 from launch.ray_jobs.log import LogRows, LogText
-from launch.run_command import EXIT_FAILED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from launch.ray_jobs.head import ClusterError
-from launch.run_command import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from orchestrator.config import RunConfig, to_yaml
 
 if TYPE_CHECKING:

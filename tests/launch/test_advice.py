@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.run_command import EXIT_STOPPED, run
+from launch.outcome import EXIT_STOPPED
+from launch.run_command import run
 from orchestrator.config import RunConfig
 from orchestrator.core.advising import Advice
 from orchestrator.measure.estimators import find_estimator
