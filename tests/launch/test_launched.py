@@ -21,9 +21,9 @@ from pathlib import Path
 from launch.notice import Notice
 notice = Notice(Path(sys.argv[1]), is_current=lambda: sys.argv[2] == "current")
 notice.listen()
-print("listening", flush=True)
 if sys.argv[3] == "after":
     notice.training_is_over()
+print("listening", flush=True)
 sys.exit(0 if notice.wait(20.0) and not sys.stdin.readline() else 1)
 """
 

@@ -99,7 +99,7 @@ def test_too_few_samples_and_a_missing_checkpoint_are_refused(tmp_path: Path) ->
 def test_help_names_the_options() -> None:
     done = CliRunner().invoke(main, ["probe", "--help"])
     assert done.exit_code == 0
-    for word in ("--checkpoint DIR", "--samples N", "--set KEY=VALUE", "without training it", "too noisy"):
+    for word in ("--checkpoint DIR", "--samples N", "--set SECTION.KEY=VALUE", "without training it", "too noisy"):
         assert word in done.output
 
 
