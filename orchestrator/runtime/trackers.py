@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -15,6 +16,8 @@ from orchestrator.ports import Tracker
 from orchestrator.runtime import folder
 
 logger = logging.getLogger(__name__)
+
+_USER_OF_ADDRESS = re.compile(r"//[^/@\s]+@")
 
 Note = Mapping[str, Any]  # an event's kind, reason and evidence
 
@@ -73,7 +76,8 @@ class Trackers:
 def dropped(name: str, error: BaseException | str) -> Note:
     """The note that a tracker follows the run no more."""
     said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    why = " ".join(said.split())[:500]
+    # Libraries repeat the address that they were given, and a user and password may stand in it.
+    why = _USER_OF_ADDRESS.sub("//", " ".join(said.split()))[:500]
     reason = f"{name} follows this run no more: {why}; what it has not got is in the run's folder"
     logger.warning("%s", reason)
     return {"kind": "tracker_dropped", "reason": reason, "tracker": name}

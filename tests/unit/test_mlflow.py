@@ -94,9 +94,10 @@ def test_a_run_that_fails_has_failed_there_too(tmp_path: Path, client: MlflowCli
 def test_a_server_that_refuses_costs_the_run_nothing_but_its_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cret@127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert run(session_of(config(tmp_path, tracking=TRACKING))).finished
     (note,) = events(tmp_path, "tracker_dropped")
     assert note["tracker"] == "mlflow"
     assert "127.0.0.1" in note["reason"]
+    assert not any("s3cret" in file.read_text(errors="replace") for file in (tmp_path / "run").glob("*.*"))
