@@ -1,4 +1,4 @@
-"""What is a run told before it starts, and which settings of different sections do not go together?
+"""What is a run told before it starts?
 
 Every description opens with the unit in brackets; the words are those of the design: a *batch* is global, a *sample*
 is one example, a *step* one optimizer step. ``None`` (``null``) means that a key was not given.
@@ -6,18 +6,12 @@ is one example, a *step* one optimizer step. ``None`` (``null``) means that a ke
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from pydantic import Field, model_validator
 
-from orchestrator.config.batch_size import (
-    MEASURED_POLICIES,
-    BatchSection,
-    ControllerSection,
-    MeasureSection,
-)
+from orchestrator.config.batch_size import BatchSection, MeasureSection
 from orchestrator.config.cluster import ClusterSection
+from orchestrator.config.combinations import broken_combinations
+from orchestrator.config.controlling import ControllerSection
 from orchestrator.config.execution import (
     BudgetSection,
     CheckpointSection,
@@ -25,15 +19,10 @@ from orchestrator.config.execution import (
     RecoverySection,
     WorkersSection,
 )
-from orchestrator.config.optimization import OPTIMIZER_KEYS, LrRuleSection, OptimizerSection, ScheduleSection
-from orchestrator.config.section import Broken, Section, refuse
+from orchestrator.config.optimization import LrRuleSection, OptimizerSection, ScheduleSection
+from orchestrator.config.section import Section, refuse
 from orchestrator.config.tracking import TrackingSection
 from orchestrator.config.training import EvaluationSection, RunSection, TaskSection, TrainSection
-from orchestrator.config.worker_pods import cluster_rules
-from orchestrator.core.branching import FEWEST_STEPS
-from orchestrator.core.companions import IN_SAMPLES, RESCALED_OPTIMIZERS, SDE_OPTIMIZERS, largest_batch
-from orchestrator.core.families import FAMILIES, PRECONDITIONED_OPTIMIZERS
-from orchestrator.core.policy_inputs import whole
 
 
 class RunConfig(Section):
@@ -81,241 +70,5 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> RunConfig:
-        refuse(
-            [
-                *self._batch_rules(),
-                *self._part_rules(),
-                *self._clock_rules(),
-                *self._lr_rules(),
-                *self._decay_rules(),
-                *self._measure_rules(),
-                *self._time_rules(),
-                *(cluster_rules(self.cluster, self.workers, self.run.name) if self.cluster is not None else []),
-            ]
-        )
+        refuse(broken_combinations(self))
         return self
-
-    def _batch_rules(self) -> list[Broken]:
-        broken = []
-        batch, controller, workers = self.batch, self.controller, self.workers
-        acts = controller.mode == "act" and controller.policy in MEASURED_POLICIES
-        grows = acts or (controller.mode == "act" and controller.policy == "decay_to_growth")
-        may_shrink = controller.shrink and batch.min < batch.initial
-        if grows and batch.max == batch.initial and not (acts and may_shrink):
-            rule = f"controller.mode act with policy {controller.policy} has no room: batch.max equals batch.initial"
-            fix = f"write batch.max: {16 * batch.initial}, or controller.mode: advise, or controller.policy: fixed"
-            keys: tuple[str, ...] = ("batch.max", "batch.initial", "controller.mode", "controller.policy")
-            broken.append(Broken(keys=keys, value=batch.max, rule=rule, fix=fix))
-        key = "batch.min" if may_shrink else "batch.initial"
-        lowest = batch.min if may_shrink else batch.initial
-        if acts and lowest < 2:
-            rule = "noise is measured between the micro-batches of a step, and one sample makes only one of them"
-            keys = (key, "controller.policy")
-            broken.append(Broken(keys=keys, value=lowest, rule=rule, fix="write 2 or more"))
-        if workers.initial > batch.initial:
-            rule = f"more workers than batch.initial has samples, {batch.initial}: some would have nothing to do"
-            fix = f"write {batch.initial} or fewer, or begin with a larger batch"
-            keys = ("workers.initial", "batch.initial")
-            broken.append(Broken(keys=keys, value=workers.initial, rule=rule, fix=fix))
-        branch, least = controller.branch_samples, FEWEST_STEPS * 2 * batch.initial
-        if branch is not None and branch < least:
-            rule = f"a branch at twice batch.initial, {batch.initial}, would have fewer than {FEWEST_STEPS} steps"
-            keys = ("controller.branch_samples", "batch.initial")
-            broken.append(Broken(keys=keys, value=branch, rule=rule, fix=f"write {least} or more; ten times is better"))
-        for samples, size in controller.ramp or ():
-            floor = batch.min if controller.shrink else batch.initial
-            if not floor <= size <= batch.max:
-                rule = f"the ramp wants a batch of {size} at {samples} samples, outside {floor} to {batch.max}"
-                fix = "change the entry, or batch.max, batch.initial, batch.min (below initial with shrink: true)"
-                keys = ("controller.ramp", "batch.max", "batch.initial", "batch.min", "controller.shrink")
-                broken.append(Broken(keys=keys, value=controller.ramp, rule=rule, fix=fix))
-        return broken
-
-    def _part_rules(self) -> list[Broken]:
-        part, batch = self.optimizer.part_samples, self.batch
-        if part is None:
-            return []
-        if self.measure.estimator == "split":
-            rule = "split would halve the parts that the optimizer compares, and so train with another optimizer"
-            fix = "write measure.estimator: micro_batch, which compares the parts themselves"
-            keys: tuple[str, ...] = ("measure.estimator", "optimizer.part_samples")
-            return [Broken(keys=keys, value="split", rule=rule, fix=fix)]
-        key = "batch.min" if self.controller.shrink and batch.min < batch.initial else "batch.initial"
-        lowest = min(batch.min, batch.initial) if key == "batch.min" else batch.initial
-        if part > batch.micro_batch:
-            rule = f"a part is one micro-batch, and batch.micro_batch is {batch.micro_batch}"
-            fix = f"write {batch.micro_batch} or less, or raise batch.micro_batch if the memory is there"
-            return [Broken(keys=("optimizer.part_samples", "batch.micro_batch"), value=part, rule=rule, fix=fix)]
-        if 2 * part > lowest:
-            rule = f"parts are compared, and {key}, {lowest}, does not make two of them"
-            fix = f"write {lowest // 2} or less" if lowest > 1 else "write a batch of 2 or more"
-            return [Broken(keys=("optimizer.part_samples", key), value=part, rule=rule, fix=fix)]
-        return []
-
-    def _clock_rules(self) -> list[Broken]:
-        """What must happen before the last sample; with epochs the total is known only with the data."""
-        total = self.train.samples
-        if total is None:
-            return []
-        broken = []
-
-        def late(key: str, value: Any, rule: str, fix: str, *others: str) -> None:
-            broken.append(Broken(keys=(key, *others, "train.samples"), value=value, rule=rule, fix=fix))
-
-        schedule, controller = self.schedule, self.controller
-        warmup, decay = schedule.warmup_samples, schedule.decay_samples or 0
-        ends = f"and train.samples is {total}"
-        if self.batch.initial > total:
-            late("batch.initial", self.batch.initial, f"the first step takes all there is, {ends}", "write less")
-        if warmup >= total:
-            late("schedule.warmup_samples", warmup, f"the warm-up never ends, {ends}", "a tenth of the run is usual")
-        elif warmup + decay > total:
-            rule = f"warm-up ({warmup}) and decay do not fit, {ends}"
-            late("schedule.decay_samples", decay, rule, "shorten one", "schedule.warmup_samples")
-        times = schedule.milestones_samples or ()
-        if times and max(times) >= total:
-            late("schedule.milestones_samples", times, f"the last milestone is never reached, {ends}", "remove it")
-        if controller.ramp and controller.ramp[-1][0] >= total:
-            late("controller.ramp", controller.ramp, f"the ramp's last entry is never reached, {ends}", "remove it")
-        curvature = self.measure.curvature_every_samples
-        if curvature is not None and curvature > total:
-            rule, fix = (
-                f"the first measurement is never reached, {ends}",
-                f"write {max(1, total // 4)}, or leave it out",
-            )
-            late("measure.curvature_every_samples", curvature, rule, fix)
-        calibration = self.measure.calibration_samples
-        if calibration is not None and calibration >= total:
-            rule = f"the calibration never ends, {ends}"
-            fix = f"write {max(1, total // 4)}, or measure.estimator: per_example"
-            late("measure.calibration_samples", calibration, rule, fix, "measure.estimator")
-        if self.lr_rule.ramp_samples >= total:
-            late("lr_rule.ramp_samples", self.lr_rule.ramp_samples, f"the ramp never ends, {ends}", "write less")
-        every, branch = controller.branch_every_samples or 0, controller.branch_samples or 0
-        if every + branch > total:
-            rule = f"the first round of branches never fits, {ends}"
-            late("controller.branch_every_samples", every, rule, "shorten one", "controller.branch_samples")
-        if controller.mode == "act" and controller.policy != "fixed" and controller.every_samples >= total:
-            rule = f"the first decision is never reached, {ends}"
-            fix = f"write {max(1, total // 16)}, or controller.policy: fixed"
-            late("controller.every_samples", controller.every_samples, rule, fix, "controller.policy")
-        return broken
-
-    def _measure_rules(self) -> list[Broken]:
-        name = self.optimizer.name
-        if not self.measure.preconditioned or name in PRECONDITIONED_OPTIMIZERS:
-            return []
-        rule = f"the metric is that of Adam's second moments, and optimizer {name} is not known to weigh by them alone"
-        fix = f"remove it, or choose an optimizer that does: {', '.join(PRECONDITIONED_OPTIMIZERS)}"
-        return [Broken(keys=("measure.preconditioned", "optimizer.name"), value=True, rule=rule, fix=fix)]
-
-    def _lr_rules(self) -> list[Broken]:
-        rule, optimizer, broken = self.lr_rule, self.optimizer.name, []
-        # With decay_to_growth naming a rule would not help; see below.
-        if rule.name == "auto" and optimizer not in FAMILIES and self.controller.policy != "decay_to_growth":
-            why = f"auto chooses by the optimizer's family, and that of {optimizer} is not known"
-            fix = "name the rule: linear suits sgd-like optimizers, sqrt suits adam-like ones"
-            broken.append(Broken(keys=("lr_rule.name", "optimizer.name"), value="auto", rule=why, fix=fix))
-        if rule.name == "sde":
-            broken += self._sde_rules()
-        for setting in rule.in_samples:
-            if optimizer not in IN_SAMPLES[setting]:
-                why = f"{setting} is not defined in samples for {optimizer}"
-                if setting == "weight_decay" and optimizer in OPTIMIZER_KEYS:
-                    why += ", whose decay is part of the gradient or of the layer's step"
-                fix = f"take it out of the list, or use {', '.join(IN_SAMPLES[setting])}"
-                keys = ("lr_rule.in_samples", "optimizer.name")
-                broken.append(Broken(keys=keys, value=rule.in_samples, rule=why, fix=fix))
-        if rule.second_moment == "rescale" and optimizer not in RESCALED_OPTIMIZERS:
-            why = f"{optimizer} has no average of squared gradients that is known to follow the batch's noise"
-            if optimizer == "lans":
-                why = "lans averages squares of gradients brought to length one, which do not grow with the noise"
-            fix = f"write second_moment: keep, or use {', '.join(RESCALED_OPTIMIZERS)}"
-            keys = ("lr_rule.second_moment", "optimizer.name")
-            broken.append(Broken(keys=keys, value=rule.second_moment, rule=why, fix=fix))
-        return broken
-
-    def _sde_rules(self) -> list[Broken]:
-        optimizer, batch = self.optimizer, self.batch
-        if optimizer.name not in SDE_OPTIMIZERS:
-            rule = f"sde is derived for {' and '.join(SDE_OPTIMIZERS)}, and the optimizer is {optimizer.name}"
-            fix = "write lr_rule.name: sqrt for adam-like optimizers, noise_scale for sgd-like ones"
-            return [Broken(keys=("lr_rule.name", "optimizer.name"), value="sde", rule=rule, fix=fix)]
-        assert optimizer.betas is not None, "adam and adamw have betas"
-        largest = largest_batch(optimizer.betas, base_batch=batch.initial)
-        if largest is None or batch.max <= largest:
-            return []
-        rule = f"lr_rule sde needs batch.max / batch.initial x (1 - beta) < 1 for betas {list(optimizer.betas)}"
-        fix = f"write {largest} or less, or lr_rule.name: sqrt with in_samples: [betas], which has no such limit"
-        keys = ("batch.max", "batch.initial", "optimizer.betas", "lr_rule.name")
-        return [Broken(keys=keys, value=batch.max, rule=rule, fix=fix)]
-
-    def _decay_rules(self) -> list[Broken]:
-        """What decay_to_growth cannot go with: it moves the learning rate and the batch as one."""
-        if self.controller.policy != "decay_to_growth":
-            return []
-        broken, policy, schedule = [], "controller.policy", self.schedule
-        if self.optimizer.name not in FAMILIES:
-            rule = (
-                "decay_to_growth trades LR for batch by the optimizer's family, and that of "
-                f"{self.optimizer.name} is not known"
-            )
-            fix = "write controller.policy: schedule with a ramp, and an lr_rule that suits the optimizer"
-            broken.append(Broken(keys=(policy, "optimizer.name"), value="decay_to_growth", rule=rule, fix=fix))
-        if self.lr_rule.name != "auto":
-            rule = "decay_to_growth exchanges LR and batch by a rule of its own, and would not use this one"
-            fix = "write lr_rule.name: auto, or another controller.policy"
-            broken.append(Broken(keys=("lr_rule.name", policy), value=self.lr_rule.name, rule=rule, fix=fix))
-        flat = schedule.name == "constant" or schedule.final_fraction == 1 or (schedule.gamma or 0) >= 1
-        if flat:
-            rule = "this schedule never decays, so decay_to_growth would never grow the batch"
-            fix = "write schedule.name: cosine, or step with milestones_samples and a gamma below 1"
-            keys = ("schedule.name", "schedule.final_fraction", "schedule.gamma", policy)
-            broken.append(Broken(keys=keys, value=schedule.name, rule=rule, fix=fix))
-        else:
-            broken += self._deadband_rules()
-        return broken
-
-    def _deadband_rules(self) -> list[Broken]:
-        """A schedule of our own that ends so high that not even the largest growth it asks for is outside the band."""
-        schedule, initial = self.schedule, self.batch.initial
-        if not (lowest := schedule.lowest_fraction):
-            return []
-        key = "schedule.gamma" if schedule.name == "step" else "schedule.final_fraction"
-        deadband, largest = self.controller.deadband, whole(initial / lowest)
-        if largest >= min(self.batch.max, deadband * initial) and largest > initial:
-            return []
-        rule = (
-            f"the schedule falls to {lowest:.4g} of its peak, for which the batch would grow from {initial} to "
-            f"{largest} at most, and nearer than the dead-band nothing changes"
-        )
-        fix = f"lower {key}"
-        if largest > initial:
-            fix = f"write {math.floor(1000 * largest / initial) / 1000:g} or less, or {fix}"
-        keys = ("controller.deadband", key, "controller.policy")
-        return [Broken(keys=keys, value=deadband, rule=rule, fix=fix)]
-
-    def _time_rules(self) -> list[Broken]:
-        """What a policy that goes by step times cannot go with."""
-        broken, controller, workers = [], self.controller, self.workers
-        by_times = controller.policy == "goodput" or (
-            controller.policy == "tradeoff" and controller.exchange_rate is None
-        )
-        if by_times and controller.mode == "advise":
-            rule = (
-                f"policy {controller.policy} learns from steps of different lengths what a step costs, and in mode "
-                "advise all are of one length"
-            )
-            fix = "write controller.mode: act" + (
-                ", or give controller.exchange_rate" if controller.policy == "tradeoff" else ", or another policy"
-            )
-            broken.append(Broken(keys=("controller.mode", "controller.policy"), value="advise", rule=rule, fix=fix))
-        stays = workers.when == "never" or workers.min == workers.max
-        if controller.policy == "goodput" and controller.cost_weight > 0 and stays:
-            rule = "the workers stay as they are, and then time and cost choose the same batch"
-            fix = (
-                "write controller.objective: time, or let workers.max be above workers.min (and workers.when not never)"
-            )
-            keys = ("controller.objective", "workers.max", "workers.min", "workers.when")
-            broken.append(Broken(keys=keys, value=controller.objective, rule=rule, fix=fix))
-        return broken

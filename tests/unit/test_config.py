@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import RunConfig, load_config, to_yaml
-from orchestrator.config.batch_size import POLICIES as POLICY_NAMES
+from orchestrator.config.controlling import POLICIES as POLICY_NAMES
 from orchestrator.config.error_messages import model_in
 from orchestrator.config.optimization import LR_RULE_KEYS
 from orchestrator.core.lr_rules import LR_RULES
