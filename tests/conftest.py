@@ -17,6 +17,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (-n 2 --dist loadgroup) a file stays in one, and the tests of one Ray cluster do."""
     for item in items:
