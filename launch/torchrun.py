@@ -31,6 +31,8 @@ from launch.spawn import OTHERS, OURS, said_line
 from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.errors import ConfigError, GroundswellError, SessionError
 from orchestrator.runtime import folder
+from orchestrator.runtime.preparation import claimed, run_folder, write_config
+from orchestrator.runtime.tracking import check_libraries
 
 _LOCK_PATIENCE_S = 120.0  # NFS keeps the lock of a node that crashed for 90 s
 _OWN_NOTICE_PATIENCE_S = 3.0  # where nodes come, each agent sees it within some tenths of a second
@@ -93,13 +95,14 @@ def _train(
     import torch
     import torch.distributed as dist
 
-    from orchestrator.runtime.history import run_folder
     from orchestrator.runtime.worker import local_worker
     from orchestrator.train import train
 
     path = run_folder(settings)
     device = _device(torch.cuda.device_count())
-    group = _prepare(settings, path, resume=resume, auto_resume=auto_resume) if rank == 0 else None
+    group = None
+    if rank == 0:
+        group = _prepare(settings, path, resume=resume, auto_resume=auto_resume, patient=for_process is None)
     if device is not None:
         torch.cuda.set_device(device)
     _join("gloo" if device is None else "nccl")
@@ -170,19 +173,22 @@ def _device(num_gpus: int) -> int | None:
     return local if num_gpus else None
 
 
-def _prepare(settings: RunConfig, path: Path, *, resume: bool, auto_resume: bool) -> Group:
+def _prepare(settings: RunConfig, path: Path, *, resume: bool, auto_resume: bool, patient: bool) -> Group:
     """Rank zero: make the run's folder, or check the one to go on with, and note whose group trains there."""
-    from orchestrator.runtime.history import prepare
-
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if launch == "none":  # what torchrun calls every launch that was given no id
         launch += f" {os.getppid()}"
+    check_libraries(settings)
+    ours = belongs_to(path, launch)
     resume = goes_on(path, launch=launch, resume=resume, auto_resume=auto_resume)
-    if resume and (auto_resume or belongs_to(path, launch)):
-        # The rank zero before this one may be on another node, and still be dying.
-        folder.RunWriter(path, patience_s=_LOCK_PATIENCE_S).close()
-    prepare(settings, resume=resume)
-    return write_note(path, launch=launch)
+    # The rank zero before this one may be on another node, and still be dying.
+    patience_s = _LOCK_PATIENCE_S if patient and (resume or ours) else folder.PATIENCE_S
+    if not ours and folder.is_written(path):
+        say(f"{path} is being written by another process: waiting up to {patience_s:g} s for it to end")
+    with claimed(settings, patience_s=patience_s):
+        goes_on(path, launch=launch, resume=resume, auto_resume=auto_resume)  # a run may have begun meanwhile
+        write_config(settings, path)
+        return write_note(path, launch=launch)
 
 
 def _watch(path: Path, progress: Progress, *, over: threading.Event, for_process: int | None) -> threading.Thread:

@@ -14,7 +14,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
 from orchestrator.ray_train.worker import run_worker
-from orchestrator.runtime.history import prepare
+from orchestrator.runtime.preparation import prepare
 
 DEFAULT_TRAIN = "orchestrator.train:train"
 _RAYS_LIST = "checkpoint_manager_snapshot.json"

@@ -26,7 +26,7 @@ CONFIG = "config.yaml"
 STOP_REQUEST = "stop.request"
 LOCK = ".lock"
 
-_PATIENCE_S = 10.0  # for an attempt that has just ended to let go
+PATIENCE_S = 10.0  # for an attempt that has just ended to let go
 
 
 @final
@@ -36,19 +36,10 @@ class RunWriter:
     Holds the folder's lock until it is closed, or its process ends; raises ``RunFolderError`` if another one does.
     """
 
-    def __init__(self, folder: Path, *, patience_s: float = _PATIENCE_S) -> None:
+    def __init__(self, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
         self.folder = folder
         self._files: dict[str, TextIO] = {}
-        self._lock = FileLock(folder / LOCK, timeout=patience_s, thread_local=False)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise RunFolderError(
-                f"{folder} is being written by another process, and a run has one writer: wait for that run to end, "
-                "or stop it first"
-            ) from None
-        except (OSError, NotImplementedError):
-            pass  # storage that knows no locks
+        self._lock = take_lock(folder, patience_s=patience_s)
         self.attempt = next_attempt(folder)
 
     def append(self, name: str, *rows: Mapping[str, Any]) -> None:
@@ -72,6 +63,24 @@ class RunWriter:
                 file.close()
         self._files = {}
         self._lock.release()
+
+
+def take_lock(folder: Path, *, patience_s: float) -> FileLock:
+    """The folder's lock, to be released; not held where the storage knows none.
+
+    Raises ``RunFolderError`` if another process holds it for longer than ``patience_s``.
+    """
+    lock = FileLock(folder / LOCK, timeout=patience_s, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunFolderError(
+            f"{folder} is being written by another process, and a run has one writer: wait for that run to end, "
+            "or stop it first"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass
+    return lock
 
 
 def exists(folder: Path) -> bool:
@@ -103,9 +112,8 @@ def check(folder: Path, *, resume: bool) -> None:
         raise RunFolderError(f"{folder} holds no run to resume (no {missing}); leave --resume out to begin one")
 
 
-def create(folder: Path, *, resume: bool) -> None:
-    """Make the folder of a new run, or check the one to resume. Raises ``RunFolderError``."""
-    check(folder, resume=resume)
+def make(folder: Path) -> None:
+    """Make the folder of a run, where it is not there. Raises ``RunFolderError``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

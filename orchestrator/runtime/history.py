@@ -17,11 +17,11 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from orchestrator.config import RunConfig, to_yaml
+from orchestrator.config import RunConfig
 from orchestrator.core import codec
 from orchestrator.core.controller import Rules
 from orchestrator.core.ramp import InForce, Ramp
-from orchestrator.errors import CheckpointError, RunFolderError, StorageError
+from orchestrator.errors import CheckpointError, RunFolderError
 from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
@@ -32,8 +32,8 @@ from orchestrator.runtime.checkpoints import CheckpointStore
 from orchestrator.runtime.control import ControlDesk, standing_orders
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.journal import FinishedStep, Journal, Moment
+from orchestrator.runtime.preparation import prepare, run_folder
 from orchestrator.runtime.rng import restore_rng, save_rng
-from orchestrator.runtime.tracking import check_libraries
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import ApplyPlan, Branched, Event, Target
 
@@ -52,10 +52,6 @@ class Resumed:
     pending: ApplyPlan | None
     in_force: InForce | None  # with the last step of the checkpoint
     stop: str | None = None  # why no step is taken
-
-
-def run_folder(config: RunConfig) -> Path:
-    return Path(config.run.dir) / config.run.name
 
 
 @final
@@ -346,25 +342,6 @@ class History:
                     f"checkpoint {path} was written with {key} {meta[key]}, and it is {now} now: the sample stream "
                     "would be another one; resume with the same data and seed, or begin a new run"
                 )
-
-
-def prepare(config: RunConfig, *, resume: bool) -> Path:
-    """Make a new run's folder with its resolved config, or check the one to resume.
-
-    Raises ``RunFolderError``, and ``ConfigError`` for a library that the config needs and that is not there.
-    """
-    check_libraries(config)
-    path = run_folder(config)
-    folder.create(path, resume=resume)
-    try:
-        (path / folder.STOP_REQUEST).unlink(missing_ok=True)
-        (path / folder.CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path / folder.CONFIG}: {error}; make room or mend the storage, or choose another folder "
-            "with --run-dir"
-        ) from error
-    return path
 
 
 def _of_another_version(path: Path, error: Exception) -> CheckpointError:

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 
+import launch.torchrun
 from launch.jobs import WorkersError
+from launch.launched import write_note
 from launch.run_command import run
 from launch.spawn import _failure, said_line
 from orchestrator.config import RunConfig, to_yaml
-from orchestrator.errors import SessionError
+from orchestrator.errors import RunFolderError, SessionError
 from orchestrator.runtime import folder
 from orchestrator.runtime.ledger import verify
+from orchestrator.runtime.preparation import prepare
 from orchestrator.runtime.worker import local_worker
 from orchestrator.train import train
 from tests import support
@@ -195,6 +198,40 @@ def test_of_all_that_workers_say_the_cause_is_told(said: str, kind: type[Excepti
     error = _failure(said, 1)
     assert type(error) is kind
     assert str(error).replace("exit code ", "") == told
+
+
+@pytest.mark.parametrize("entry", ["torchrun", "run"])
+def test_who_goes_on_with_a_run_that_is_written_leaves_it_as_it_is(
+    tmp_path: Path, entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take_lock = folder.take_lock
+    monkeypatch.setattr(folder, "take_lock", lambda path, *, patience_s: take_lock(path, patience_s=patience_s / 1000))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another-launch")
+    settings = config(tmp_path)
+    path = prepare(settings, resume=False)
+    group = write_note(path, launch="this-launch")
+    writer = folder.RunWriter(path)
+    writer.append(folder.EVENTS, {"kind": "started"})
+    (path / folder.STOP_REQUEST).touch()
+    before = (path / folder.CONFIG).read_bytes()
+    other = config(tmp_path, batch={"max": 48})
+
+    def go_on() -> None:
+        if entry == "torchrun":
+            launch.torchrun._prepare(other, path, resume=True, auto_resume=False, patient=True)
+        else:
+            train(other, local_worker(other), resume=True)
+
+    with pytest.raises(RunFolderError, match="is being written by another process"):
+        go_on()
+    assert group.is_current(path)
+    assert (path / folder.CONFIG).read_bytes() == before
+    assert (path / folder.STOP_REQUEST).exists()
+    assert ("waiting up to 120 s" in capsys.readouterr().out) == (entry == "torchrun")
+    writer.close()
+    assert launch.torchrun._prepare(other, path, resume=True, auto_resume=False, patient=True).number == 2
+    assert not group.is_current(path)
+    assert b"max: 48" in (path / folder.CONFIG).read_bytes()
 
 
 def test_without_torchrun_the_entry_says_how_it_is_started() -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from launch.cli import main
 from orchestrator.config import load_config, to_yaml
 from orchestrator.errors import ConfigError
-from orchestrator.runtime.history import prepare
+from orchestrator.runtime.preparation import prepare
 from orchestrator.runtime.tracking import check_libraries
 from tests.support import config
 from tests.unit.test_config import MINIMAL

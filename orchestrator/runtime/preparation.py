@@ -1,0 +1,57 @@
+"""Makes a run's folder ready for an attempt, and leaves one that another process writes as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orchestrator.config import RunConfig, to_yaml
+from orchestrator.errors import StorageError
+from orchestrator.runtime import folder
+from orchestrator.runtime.tracking import check_libraries
+
+
+def run_folder(config: RunConfig) -> Path:
+    return Path(config.run.dir) / config.run.name
+
+
+def prepare(config: RunConfig, *, resume: bool) -> Path:
+    """Make a new run's folder with its resolved config, or check the one to resume.
+
+    Raises ``RunFolderError``, and ``ConfigError`` for a library that the config needs and that is not there.
+    """
+    check_libraries(config)
+    folder.check(run_folder(config), resume=resume)
+    with claimed(config) as path:
+        folder.check(path, resume=resume)  # once more: a run may have begun while the lock was waited for
+        write_config(config, path)
+    return path
+
+
+@contextmanager
+def claimed(config: RunConfig, *, patience_s: float = folder.PATIENCE_S) -> Iterator[Path]:
+    """Hold the lock of the run's folder, which is made where it is not there, for what only a writer may change there.
+
+    The attempt that begins takes the lock anew. Raises ``RunFolderError`` where another process has it for longer than
+    ``patience_s``.
+    """
+    path = run_folder(config)
+    folder.make(path)
+    lock = folder.take_lock(path, patience_s=patience_s)
+    try:
+        yield path
+    finally:
+        lock.release()
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """What an attempt finds as it begins: its config, and no request to stop that was meant for the one before."""
+    try:
+        (path / folder.STOP_REQUEST).unlink(missing_ok=True)
+        (path / folder.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path / folder.CONFIG}: {error}; make room or mend the storage, or choose another folder "
+            "with --run-dir"
+        ) from error
