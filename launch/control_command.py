@@ -98,11 +98,12 @@ def control_command(
 
 
 def _folder_of(run: str, run_dir: str) -> Path:
-    for path in (Path(run), Path(run_dir) / run):
+    below = Path(run_dir).expanduser() / run
+    for path in (Path(run), below):
         if folder.exists(path):
             return path
     raise RunFolderError(
-        f"neither {run} nor {Path(run_dir) / run} is the folder of a run; give the folder, or say with --run-dir where "
+        f"neither {run} nor {below} is the folder of a run; give the folder, or say with --run-dir where "
         "the run of that name is"
     )
 

@@ -29,6 +29,7 @@ from launch.sources import FolderRows
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
+from orchestrator.runtime.preparation import run_folder
 from orchestrator.runtime.spending import exhausted
 from orchestrator.runtime.tracking import check_libraries
 
@@ -106,7 +107,7 @@ def run_command(
         settings = load_config(
             find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
         )
-        path = Path(settings.run.dir) / settings.run.name
+        path = run_folder(settings)
         if auto_resume:
             resume = resume or folder.exists(path)
             _wait_for_others(path)
@@ -145,7 +146,7 @@ def run(
 
     Raises ``RunFolderError`` and ``ConfigError`` before anything heavy is imported.
     """
-    path = Path(settings.run.dir) / settings.run.name
+    path = run_folder(settings)
     folder.check(path, resume=resume)
     check_libraries(settings)
     rows = JsonRows(FolderRows(path)) if log_format == "json" else None

@@ -17,6 +17,7 @@ from launch.jobs import WorkersError
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.errors import SessionError
 from orchestrator.runtime import folder
+from orchestrator.runtime.preparation import run_folder
 
 OURS, OTHERS = "refused: ", "| "  # whose error a failing worker prints
 _SAID = re.compile(rf"rank (\d+) ({re.escape(OTHERS)}|{OURS})(.*)")
@@ -40,7 +41,7 @@ def spawn(
     ``on_start`` is given a function that ends them. Raises ``SessionError`` with what a worker refused, and
     ``WorkersError`` when they failed before their first step, or more often than ``recovery.max_failures``.
     """
-    path = Path(config.run.dir) / config.run.name
+    path = run_folder(config)
     process: subprocess.Popen[Any] | None = None
     ending = False
 

@@ -87,9 +87,11 @@ def submit_command(
 def _refuse_folder_of_the_job(settings: RunConfig) -> None:
     """A relative folder would lie in the job's working directory, which Ray deletes with the job."""
     where = settings.run.dir
-    if where.startswith(("/", "~")) or "://" in where:
+    if where.startswith("/"):
         return
     rule = "is relative, and a job's working directory is gone when the job is: a run on a cluster would be lost"
+    if where.startswith("~"):
+        rule = "is in the home of whoever asks, and on the cluster that is another one"
     fix = "write a folder that all nodes share, such as --run-dir /mnt/shared/runs"
     raise ConfigError(Problem(source=None, key="run.dir", value=where, rule=rule, fix=fix))
 

@@ -25,6 +25,7 @@ from launch.live import say
 from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, summary
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError
+from orchestrator.runtime.preparation import run_folder
 
 _SLURM_SCRIPT = Path(__file__).parent / "slurm" / "groundswell.sbatch"
 _PORT = 29400  # torchrun's own default
@@ -141,7 +142,7 @@ def torchrun_command(
         settings = load_config(
             find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
         )
-        path = Path(settings.run.dir) / settings.run.name
+        path = run_folder(settings)
         going_on = goes_on(path, launch=rdzv_id, resume=resume, auto_resume=auto_resume)
     except GroundswellError as error:
         say(str(error), error=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, final
 
 from ray.util.metrics import Counter, Gauge
@@ -22,6 +21,7 @@ from ray.util.metrics import Counter, Gauge
 from orchestrator.config import RunConfig
 from orchestrator.core.goodput import efficiency
 from orchestrator.runtime import folder
+from orchestrator.runtime.preparation import run_folder
 from orchestrator.types import Verdict
 
 _EVERY_S = 0.5  # twice in the shortest report interval that Ray knows
@@ -125,7 +125,7 @@ class RunMetrics:
 
     def _saved(self, checkpoint: str | None) -> dict[str, float]:
         """When the checkpoint that a run resumes from was written."""
-        events = Path(self._config.run.dir) / self._config.run.name / folder.EVENTS
+        events = run_folder(self._config) / folder.EVENTS
         times = [row["time"] for row in folder.rows(events) if checkpoint is not None and row.get("path") == checkpoint]
         return {CHECKPOINT: times[-1]} if times else {}
 

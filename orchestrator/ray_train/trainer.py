@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
@@ -14,7 +13,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
 from orchestrator.ray_train.worker import run_worker
-from orchestrator.runtime.preparation import prepare
+from orchestrator.runtime.preparation import prepare, run_folder
 
 DEFAULT_TRAIN = "orchestrator.train:train"
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -37,7 +36,7 @@ class AdaptiveTrainer(TorchTrainer):
         worker_runtime_env: dict[str, Any] | None = None,
     ) -> None:
         # Workers run in folders of their own, so the run's must not depend on the current one.
-        folder = Path(config.run.dir).expanduser().resolve()
+        folder = run_folder(config).parent.resolve()
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
         # Ray's own list of checkpoints is behind our store, which may have deleted what it names: once a controller was
         # killed, Ray would refuse the folder.

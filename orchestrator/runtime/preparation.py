@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from orchestrator.runtime.tracking import check_libraries
 
 
 def run_folder(config: RunConfig) -> Path:
-    return Path(config.run.dir) / config.run.name
+    """Where the run lies, for all who ask; ``~`` in ``run.dir`` is the home of the process that asks."""
+    return Path(os.path.expanduser(config.run.dir)) / config.run.name
 
 
 def prepare(config: RunConfig, *, resume: bool) -> Path:

@@ -51,6 +51,20 @@ def events(place: Path) -> list[dict[str, Any]]:
     return list(folder.rows(place / "run" / folder.EVENTS))
 
 
+def test_a_run_in_the_home_folder_lies_there_for_all_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings = config(tmp_path, run={"dir": "~/runs"})
+    assert start(settings) == 0
+    assert folder.exists(home / "runs" / "run")
+    assert start(settings, resume=True) == 0, "what is finished there is found there"
+    assert list(Path.cwd().iterdir()) == []
+    ended = call("control", "run", "hold", "--run-dir", "~/runs").stderr
+    assert f"{home}/runs/run is not running: it has finished" in ended
+
+
 def when(there: Callable[[], bool], do: Callable[[], None]) -> threading.Thread:
     """Do something, in a thread, as soon as a condition holds."""
 

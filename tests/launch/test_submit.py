@@ -226,6 +226,14 @@ def test_a_broken_config_never_reaches_the_cluster(
     assert "broken" not in listed
 
 
+def test_a_folder_that_would_be_another_one_on_the_cluster_is_refused(config: Callable[..., Path]) -> None:
+    given = str(config("digits"))
+    for where, why in (("runs", "is relative"), ("~/runs", "is in the home of whoever asks")):
+        done = CliRunner().invoke(main, ["submit", given, "--run-dir", where, "--address", "http://127.0.0.1:1"])
+        assert done.exit_code == 2
+        assert f"config: run.dir: {where}\n  {why}" in done.stderr
+
+
 def test_a_head_on_another_machine_must_ask_for_a_token(open_head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", open_head.address)  # and put back after: the client is told by it

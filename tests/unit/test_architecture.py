@@ -51,6 +51,18 @@ def test_arrows_point_upward(path: Path) -> None:
             assert ROOMS.index(room_of(module)) <= ROOMS.index(room), f"{path} imports {module}, which lies below it"
 
 
+def test_where_a_run_lies_is_settled_in_one_place() -> None:
+    """Whoever joined ``run.dir`` and ``run.name`` otherwise would look elsewhere for a run in ``~``."""
+    reads = {
+        str(path.relative_to(ROOT))
+        for path in sources("orchestrator", "launch")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("run.dir")
+    }
+    refuses_or_has_refused = {"launch/submit_command.py", "launch/ray_jobs/jobs.py"}
+    assert reads - refuses_or_has_refused == {"orchestrator/runtime/preparation.py"}
+
+
 @pytest.mark.parametrize("path", sources("orchestrator/core"), ids=lambda p: p.name)
 def test_the_core_is_pure(path: Path) -> None:
     for module in imports(path):
