@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from orchestrator.core import budget, guard, noise, orders, staffing, throughput
+from orchestrator.core import budget, guard, noise, orders, restraints, staffing, throughput
 from orchestrator.core.branching import BranchSettings, calibrate
 from orchestrator.core.goodput import Goodput
 from orchestrator.core.guard import GuardState
@@ -43,11 +43,6 @@ from orchestrator.types import (
     WorkersMissing,
     assert_never,
 )
-
-# A learning rate that changes by more than this from one decision to the next leaves the noise scale to settle anew:
-# its stationary value goes as batch / LR (McCandlish et al. 2018, arXiv:1812.06162, appendix C). Less is a schedule
-# at work, which the averages follow.
-_LR_JUMP = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +128,7 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
             state = replace(
                 state,
                 world_size=world_size,
+                requested_workers=orders.workers_kept(state.requested_workers, world_size, state.orders),
                 resize_cost_s=state.resize_cost_s if cost is None else cost,
                 times=StepTimes(),  # another layout has other step times
                 generation=state.generation + 1,
@@ -150,7 +146,9 @@ def advance(state: ControllerState, event: Event, rules: Rules) -> tuple[Control
         case Branched():
             return _branched(state, event, rules)
         case Ordered(orders=given):
-            return replace(state, orders=given), Keep(reason=f"by order: {orders.sentence(given)}")
+            asked = orders.workers_asked(state.requested_workers, state.world_size, before=state.orders, given=given)
+            state = replace(state, orders=given, requested_workers=asked)
+            return state, Keep(reason=f"by order: {orders.sentence(given)}")
         case WorkersMissing(present=present):
             again = None if rules.retry_samples is None else state.samples_seen + rules.retry_samples
             missing = Missing(workers=present, until_samples=again)
@@ -261,7 +259,7 @@ def decide(
         mean_loss=state.loss_sum / state.loss_samples,
         changed=state.changed,
     )
-    if not state.changed and _jumped(state.lr, lr):
+    if not state.changed and restraints.lr_jumped(state.lr, lr):
         state = replace(state, last_change_samples=state.samples_seen)
     state = replace(state, guard=watched, changed=False, lr=lr, loss_sum=0.0, loss_samples=0)
     decision = rules.policy(
@@ -307,10 +305,6 @@ def _branched(state: ControllerState, event: Branched, rules: Rules) -> tuple[Co
         return state, Keep(reason=f"the branch at the present batch of {event.batch} diverged: nothing was learnt")
     kappa = state.kappa if found.kappa is None else found.kappa
     return replace(state, kappa=kappa), Keep(reason=found.reason)
-
-
-def _jumped(before: float | None, now: float) -> bool:
-    return before is not None and max(before, now) > _LR_JUMP * min(before, now)
 
 
 def _ask_for_workers(state: ControllerState, rules: Rules) -> tuple[ControllerState, RequestWorkers | None]:

@@ -44,6 +44,21 @@ def restrained(wish: Decision, orders: Orders, *, batch: int) -> Decision:
     return Decision(target_batch=orders.max_batch, reason=f"{wish.reason}; at most {orders.max_batch} by order")
 
 
+def workers_asked(asked: int | None, present: int, *, before: Orders, given: Orders) -> int | None:
+    """The workers asked for once ``given`` stands: a hold that begins takes back those that are not there.
+
+    Workers that are to go stay asked away: their resize has begun, or begins at once.
+    """
+    if before.held or not given.held:
+        return asked
+    return present if asked is None else min(asked, present)
+
+
+def workers_kept(asked: int | None, present: int, orders: Orders) -> int | None:
+    """The workers asked for once ``present`` train: under a hold those of a resize that had begun before it stay."""
+    return max(asked, present) if orders.held and asked is not None else asked
+
+
 def ceiling(orders: Orders) -> Ceiling | None:
     """On the workers that are asked for."""
     if orders.max_workers is None:

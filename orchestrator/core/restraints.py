@@ -6,6 +6,11 @@ from orchestrator.core.policy_inputs import Policy, PolicyInputs, keep, whole
 from orchestrator.core.preferences import Preferred
 from orchestrator.types import Decision
 
+# A learning rate that changes by more than this from one decision to the next leaves the noise scale to settle anew:
+# its stationary value goes as batch / LR (McCandlish et al. 2018, arXiv:1812.06162, appendix C). Less is a schedule
+# at work, which the averages follow.
+_LR_JUMP = 2.0
+
 
 def with_credit(inner: Policy, *, preferred: Preferred) -> Policy:
     """Growth no further than the batch at the credited noise scale: the guard against the ratchet (see ``guard``).
@@ -95,3 +100,8 @@ def with_cooldown(inner: Policy, *, cooldown_samples: int) -> Policy:
         return keep(inputs, f"{wish.reason}; {since} of {cooldown_samples} samples of cooldown since the last change")
 
     return propose
+
+
+def lr_jumped(before: float | None, now: float) -> bool:
+    """Whether the cooldown begins anew, with the learning rates of two decisions."""
+    return before is not None and max(before, now) > _LR_JUMP * min(before, now)

@@ -121,6 +121,40 @@ def test_workers_above_a_cap_are_given_back_and_come_again_after_it(when: str) -
     assert asked[1:] == ([] if when == "never" else [(15, 8)])
 
 
+def test_a_hold_takes_back_the_workers_that_did_not_come_and_they_are_asked_for_again_after_it() -> None:
+    settled = rules(
+        policy=scripted(grow_at={}), base_batch=64, workers=LIMITS, resize_when="always", total_samples=10**6
+    )
+    state, actions = controller.init(settled, world_size=2), []
+    for step in range(12):
+        if step in (5, 8):
+            state, _ = advance(state, Ordered(orders=Orders(held=step == 5)), settled)
+            assert state.requested_workers == 2
+        state, action = advance(state, measured(step, 64 * (step + 1), 64, step_time_s=1.0), settled)
+        actions.append(action)
+    assert requests(actions) == [(0, 8), (8, 8)]
+
+
+def test_a_resize_that_had_begun_before_a_hold_stays_and_a_worker_that_is_lost_meanwhile_comes_back() -> None:
+    settled = rules(
+        policy=scripted(grow_at={}), base_batch=64, workers=LIMITS, resize_when="always", total_samples=10**6
+    )
+    state, _ = advance(controller.init(settled, world_size=2), measured(0, 64, 64), settled)
+    hold = Ordered(orders=Orders(held=True, max_workers=4))
+    for event, asked in (
+        (hold, 2),
+        (WorkersChanged(world_size=4), 4),
+        (hold, 4),
+        (WorkersChanged(world_size=3), 4),
+        (Ordered(orders=Orders(held=True)), 4),
+    ):
+        state, _ = advance(state, event, settled)
+        assert state.requested_workers == asked
+    # Workers that were asked to go are going.
+    fewer = replace(state, requested_workers=1, orders=Orders())
+    assert advance(fewer, hold, settled)[0].requested_workers == 1
+
+
 def test_orders_are_part_of_the_state_that_is_saved() -> None:
     settled = rules()
     given = Orders(held=True, max_batch=64, max_workers=2)
