@@ -25,7 +25,10 @@ _SET_ASIDE = ".refused"
 
 
 def standing_orders(run: Path) -> Orders | None:
-    """What the newest answer of any attempt says of the orders that stand; ``None`` where none were ever given."""
+    """What the newest answer of any attempt says of the orders that stand; ``None`` where none were ever given.
+
+    Raises ``ValueError`` for an answer of another version.
+    """
     newest = None
     for row in folder.rows(run / folder.EVENTS):
         if row["kind"] == "control" and row.get("cause") is not None:
@@ -33,7 +36,8 @@ def standing_orders(run: Path) -> Orders | None:
     if newest is None:
         return None
     event = codec.decode(newest, STATE_TYPES)
-    assert isinstance(event, Ordered), f"an event of control holds {event}"
+    if not isinstance(event, Ordered):
+        raise ValueError(f"an event of control holds {event}")
     return event.orders
 
 

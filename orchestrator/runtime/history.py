@@ -21,18 +21,25 @@ from orchestrator.config import RunConfig
 from orchestrator.core import codec
 from orchestrator.core.controller import Rules
 from orchestrator.core.ramp import InForce, Ramp
-from orchestrator.errors import CheckpointError, RunFolderError
+from orchestrator.errors import CheckpointError
 from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.budget_watch import BudgetWatch
 from orchestrator.runtime.calibration import Calibration
-from orchestrator.runtime.checkpoints import CheckpointStore
+from orchestrator.runtime.checkpoints import CheckpointStore, Fault
 from orchestrator.runtime.control import ControlDesk, standing_orders
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.journal import FinishedStep, Journal, Moment
 from orchestrator.runtime.preparation import prepare, run_folder
+from orchestrator.runtime.resume_checks import (
+    NOT_OF_THIS_VERSION,
+    check_shared,
+    events_of_another_version,
+    of_another_version,
+    refuse_another_run,
+)
 from orchestrator.runtime.rng import restore_rng, save_rng
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import ApplyPlan, Branched, Event, Target
@@ -111,15 +118,12 @@ class History:
             raise
 
     def _resume_or_start(self) -> Resumed:
-        self._check_shared()
+        check_shared(self._folder, self._worker.collective)
         path, meta, faults = self._store.load_latest(self._model, self._optimizer, self._ema)
-        for fault in faults:
-            reason = f"{fault.path}: {fault.why}; the one before it is used"
-            self.journal.event("checkpoint_passed_over", reason=reason, step=None, samples_seen=None)
         record, step, samples_seen, in_force = BrainRecord(), 0, 0, None
         if path is not None:
             try:
-                self._refuse_another_run(meta, path)
+                refuse_another_run(meta, path, seed=self._config.run.seed, dataset_size=self._dataset_size)
                 step, samples_seen, self._saved_step = meta["step"], meta["samples_seen"], meta["step"]
                 record = BrainRecord(state=meta["controller"], tail=codec.decode(meta["controller_tail"], STATE_TYPES))
                 in_force = codec.decode(meta["in_force"], _IN_FORCE_TYPES)
@@ -128,47 +132,64 @@ class History:
                 restore_rng(meta["rng"])
                 if self._scaler is not None and meta["scaler"] is not None:
                     self._scaler.load_state_dict(meta["scaler"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise _of_another_version(path, error) from error
+            except NOT_OF_THIS_VERSION as error:
+                raise of_another_version(path, error) from error
         # The plan is shared by rank zero, so that all begin alike whatever their own view of the fleet.
-        welcome: Welcome | Exception | None = None
-        zero = self._worker.rank == 0
-        if zero:
+        begun: tuple[Welcome, str | None] | Exception | None = None
+        if self._worker.rank == 0:
             try:
-                welcome = self._brain.begin(
-                    record,
-                    world_size=self._worker.world_size,
-                    dataset_size=self._dataset_size,
-                    resize_cost_s=self._worker.resize_cost_s,
-                )
-            except (KeyError, TypeError, ValueError) as error:  # shared, so that no rank is left waiting
-                welcome = error if path is None else _of_another_version(path, error)
-        welcome = self._worker.collective.share(welcome)
-        if isinstance(welcome, Exception):
-            raise welcome
-        assert welcome is not None, "rank zero has a brain"
-        if zero:
-            self.journal.started(
-                welcome,
-                self._model,
-                checkpoint=path,
-                step=step,
-                samples_seen=samples_seen,
-                paid_since=self._budget.paid_since,
-            )
-            self._told, self._announced = Moment(step=step, samples_seen=samples_seen), welcome.pending
-            standing = standing_orders(self._folder)
-            if standing is not None:
-                self._desk.begin(standing, self._brain, self._told)
-            self._stop_reason = self._budget.begin(self._brain, self._told)
+                begun = self._meet(record, path, faults, Moment(step=step, samples_seen=samples_seen))
+            except Exception as error:  # shared, so that no rank is left waiting
+                begun = error
+        begun = self._worker.collective.share(begun)
+        if isinstance(begun, Exception):
+            raise begun
+        assert begun is not None, "rank zero has a brain"
+        welcome, stop = begun
         return Resumed(
             step=step,
             samples_seen=samples_seen,
             now=welcome.now,
             pending=welcome.pending,
             in_force=in_force,
-            stop=self._worker.collective.share(self._stop_reason),
+            stop=stop,
         )
+
+    def _meet(
+        self, record: BrainRecord, checkpoint: Path | None, faults: Sequence[Fault], at: Moment
+    ) -> tuple[Welcome, str | None]:
+        """Rank zero alone: meet the controller and write down the beginning; the plan, and why no step is taken."""
+        for fault in faults:
+            reason = f"{fault.path}: {fault.why}; the one before it is used"
+            self.journal.event("checkpoint_passed_over", reason=reason, step=None, samples_seen=None)
+        try:
+            welcome = self._brain.begin(
+                record,
+                world_size=self._worker.world_size,
+                dataset_size=self._dataset_size,
+                resize_cost_s=self._worker.resize_cost_s,
+            )
+        except NOT_OF_THIS_VERSION as error:
+            if checkpoint is None:
+                raise
+            raise of_another_version(checkpoint, error) from error
+        self.journal.started(
+            welcome,
+            self._model,
+            checkpoint=checkpoint,
+            step=at.step,
+            samples_seen=at.samples_seen,
+            paid_since=self._budget.paid_since,
+        )
+        self._told, self._announced = at, welcome.pending
+        try:
+            standing = standing_orders(self._folder)
+            if standing is not None:
+                self._desk.begin(standing, self._brain, at)
+            self._stop_reason = self._budget.begin(self._brain, at)
+        except NOT_OF_THIS_VERSION as error:
+            raise events_of_another_version(self._folder, error) from error
+        return welcome, self._stop_reason
 
     def speak(self, said: Announcement, *, decided_at: Sequence[int], rest_steps: int) -> Announcement:
         """Rank zero's announcement: the decisions that are due, and what was asked meanwhile.
@@ -323,29 +344,3 @@ class History:
     def _brain(self) -> Brain:
         assert self._worker.brain is not None, "only rank zero talks to the controller"
         return self._worker.brain
-
-    def _check_shared(self) -> None:
-        """Checkpoints are written by all ranks into one folder, so all must see the one that rank zero made."""
-        unseen = [0.0] * self._worker.world_size
-        unseen[self._worker.rank] = float(not (self._folder / folder.CONFIG).exists())
-        blind = [rank for rank, missing in enumerate(self._worker.collective.sum(unseen)) if missing]
-        if blind:
-            raise RunFolderError(
-                f"rank {', '.join(map(str, blind))} does not see the run's folder {self._folder}, which rank 0 writes: "
-                "put run.dir (or --run-dir) on storage that all nodes share"
-            )
-
-    def _refuse_another_run(self, meta: Mapping[str, Any], path: Path) -> None:
-        for key, now in (("seed", self._config.run.seed), ("dataset_size", self._dataset_size)):
-            if meta[key] != now:
-                raise CheckpointError(
-                    f"checkpoint {path} was written with {key} {meta[key]}, and it is {now} now: the sample stream "
-                    "would be another one; resume with the same data and seed, or begin a new run"
-                )
-
-
-def _of_another_version(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"the metadata of checkpoint {path} is of another version of Groundswell ({type(error).__name__}: {error}); "
-        "resume with the version that wrote it, or begin a new run"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from collections.abc import Callable
@@ -302,6 +303,16 @@ def test_what_is_refused_is_refused_on_all_ranks_with_the_same_words(tmp_path: P
             assert took_s < PROMPT_S
             assert kind == error.__name__
             assert words in told
+    # Only rank zero reads the events.
+    written = tmp_path / "run" / folder.EVENTS
+    sound = written.read_text()
+    control = {"attempt": 1, "time": 0.0, "kind": "control", "step": 1, "samples_seen": 1, "request": None}
+    written.write_text(sound + json.dumps(control | {"order": None, "reason": "", "cause": {"$": "Gone"}}) + "\n")
+    found = run_fleet(prompt, 2, begins, str(tmp_path), 32, True, 0)
+    assert [(kind, f"{written} holds an event of another" in told) for _, kind, told in found] == [
+        ("RunFolderError", True)
+    ] * 2
+    written.write_text(sound)
     for file in (tmp_path / "run" / "checkpoints").glob("*/*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
     found = run_fleet(prompt, 2, begins, str(tmp_path), 32, True, 0)
