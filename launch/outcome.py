@@ -17,18 +17,26 @@ from orchestrator.runtime import folder
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 _ENDS = ("finished", "stopped")
+_BEGINS_AND_ENDS = ("started", "resumed", *_ENDS)
 
 
 def is_finished(settings: RunConfig, path: Path) -> bool:
     """Whether the run in ``path`` has seen all samples that ``settings`` ask for."""
-    kinds = ("started", "resumed", "finished", "stopped")
-    events = [row for row in folder.rows(path / folder.EVENTS) if row["kind"] in kinds]
+    events = [row for row in folder.rows(path / folder.EVENTS) if row["kind"] in _BEGINS_AND_ENDS]
     if not events or events[-1]["kind"] != "finished":
         return False
     size = next(int(row["dataset_size"]) for row in events if "dataset_size" in row)
     train = settings.train
     total = train.samples if train.samples is not None else round((train.epochs or 0) * size)
     return int(events[-1]["samples_seen"]) >= total
+
+
+def planned_end(path: Path) -> str | None:
+    """How the newest attempt ended, in a line, where its budget ended it, and nobody need try again."""
+    newest = deque((row for row in folder.rows(path / folder.EVENTS) if row["kind"] in _BEGINS_AND_ENDS), maxlen=1)
+    if not newest or not newest[0].get("budget_worker_hours"):
+        return None
+    return f"Ended at {newest[0]['samples_seen']:,} samples: {newest[0]['reason']}."
 
 
 def summary(path: Path, *, took_s: float | None = None) -> str:

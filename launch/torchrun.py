@@ -23,7 +23,7 @@ from launch.jobs import quiet_libraries
 from launch.launched import Group, belongs_to, goes_on, write_note
 from launch.live import say, show_plain
 from launch.notice import Notice
-from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, summary
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, planned_end, summary
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.sources import FolderRows
@@ -212,6 +212,8 @@ def _say_how_it_ended(path: Path, progress: Progress, *, pauses: bool) -> None:
     ended = None if progress.ended is None else progress.ended["kind"]
     if ended == "finished":
         say(summary(path, took_s=progress.running_s))
+    elif ended == "stopped" and (planned := planned_end(path)) is not None:
+        say(f"{planned}\n{summary(path)}")
     elif ended == "stopped" and pauses:
         say("Saved: a node comes or goes; those that stay go on from here.")
     elif ended == "stopped":

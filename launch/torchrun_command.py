@@ -22,10 +22,11 @@ from launch.bundled import find_config
 from launch.jobs import quiet_libraries
 from launch.launched import goes_on
 from launch.live import say
-from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, summary
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, planned_end, summary
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import GroundswellError
 from orchestrator.runtime.preparation import run_folder
+from orchestrator.runtime.spending import exhausted
 
 _SLURM_SCRIPT = Path(__file__).parent / "slurm" / "groundswell.sbatch"
 _PORT = 29400  # torchrun's own default
@@ -124,7 +125,7 @@ def torchrun_command(
     \b
     Nodes may come and go within --nnodes MIN:MAX; the batch stays, and is shared out anew.
     SIGTERM and Ctrl-C save, and take this node out; a second Ctrl-C ends at once.
-    Exit codes: 0 finished, 130 stopped, 1 failed, 2 refused before it started.
+    Exit codes: 0 finished, or ended by its budget; 130 stopped, 1 failed, 2 refused before it started.
     """
     if nnodes[1] > 1 and (rdzv_endpoint is None or rdzv_id is None):
         raise click.UsageError(
@@ -150,6 +151,10 @@ def torchrun_command(
     if going_on and is_finished(settings, path):
         say(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
         sys.exit(0)
+    used_up = exhausted(settings, path) if going_on else None
+    if used_up is not None:
+        say(f"Nothing was started: {used_up}; to go on with {path}, raise budget in its config.")
+        sys.exit(0)
     quiet_libraries()
     _set_environment(settings, os.environ)
     given = [f"--nnodes={nnodes[0]}:{nnodes[1]}", f"--nproc-per-node={nproc_per_node or _workers_here(settings)}"]
@@ -164,7 +169,7 @@ def torchrun_command(
     given += [] if run_dir is None else ["--run-dir", run_dir]
     given += ["--resume"] * resume + ["--auto-resume"] * auto_resume + ["--elastic"] * (nnodes[1] > 1)
     code = _run_agent([*given, "--", config])
-    if code == 0 and not is_finished(settings, path):
+    if code == 0 and not is_finished(settings, path) and planned_end(path) is None:
         code = EXIT_STOPPED
     if code == EXIT_STOPPED:
         say(f"Stopped; the same command with --resume goes on with {path}.", error=True)
