@@ -111,7 +111,7 @@ class ControlDesk:
             if id in self._seen:
                 continue
             try:
-                request = read_request(id, path.read_text(encoding="utf-8"))
+                request = read_request(path)
             except FileNotFoundError:  # withdrawn
                 continue
             except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from orchestrator.types import Orders
 
 CONTROL = "control"
 SUFFIX = ".json"
+_MOST_BYTES = 64 * 1024
 Order = Literal["hold", "release", "cap", "checkpoint", "stop"]
 
 
@@ -62,9 +63,16 @@ def withdraw_request(run: Path, request: str) -> None:
     (run / CONTROL / f"{request}{SUFFIX}").unlink(missing_ok=True)
 
 
-def read_request(id: str, text: str) -> Request:
-    """Raises ``ValueError`` for what is no request."""
-    data = json.loads(text)
+def read_request(path: Path) -> Request:
+    """Raises ``OSError``, and ``ValueError`` for what is no request; what is far too long for one is not read."""
+    with path.open("rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    try:
+        data = json.loads(text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(data, dict):
         raise ValueError("a request is a JSON object")
     order = data.pop("order", None)
@@ -78,4 +86,4 @@ def read_request(id: str, text: str) -> Request:
             raise ValueError(f"{key} is {value!r}, and must be a whole number from 1 on, or null to lift the cap")
     if order == "cap" and not data:
         raise ValueError("a cap needs max_batch, max_workers or both")
-    return Request(id=id, order=order, caps=data)
+    return Request(id=path.name.removesuffix(SUFFIX), order=order, caps=data)
