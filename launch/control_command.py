@@ -69,7 +69,7 @@ def control_command(
     release     ends the hold
     cap         no larger batch, no more workers than given; less from the next decision on
     checkpoint  saves after the step at hand, and says where
-    stop        saves and ends; groundswell run --resume goes on
+    stop        saves and ends, with exit code 0; groundswell run --resume goes on
     \b
     Exit codes: 0 done, 1 refused or no answer, 2 not understood.
     """

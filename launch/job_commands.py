@@ -65,6 +65,8 @@ def status_command(client: JobSubmissionClient, *, run: str) -> int:
     else:
         for line in _numbers(progress, speed=job.goes_on):
             say(f"  {line}")
+        if progress.ended is not None and progress.ended["kind"] == "stopped":
+            say(f"  stopped: {progress.ended['reason']}")
     say(f"  folder {job.folder}; config {job.config_sha256[:12]}, revision {job.revision[:12]}{_dirty(job)}")
     return 0
 

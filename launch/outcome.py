@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,15 @@ def is_finished(settings: RunConfig, path: Path) -> bool:
     return int(events[-1]["samples_seen"]) >= total
 
 
+def ended_as_planned(event: Mapping[str, Any]) -> bool:
+    """Whether a run that stopped by ``event`` is not to be begun again by itself: its budget or an order ended it."""
+    return bool(event.get("budget_worker_hours") or event.get("ordered"))
+
+
 def planned_end(path: Path) -> str | None:
-    """How the newest attempt ended, in a line, where its budget ended it, and nobody need try again."""
+    """How the newest attempt ended, in a line, where that was planned, and nobody need try again."""
     newest = deque((row for row in folder.rows(path / folder.EVENTS) if row["kind"] in _BEGINS_AND_ENDS), maxlen=1)
-    if not newest or not newest[0].get("budget_worker_hours"):
+    if not newest or not ended_as_planned(newest[0]):
         return None
     return f"Ended at {newest[0]['samples_seen']:,} samples: {newest[0]['reason']}."
 

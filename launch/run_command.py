@@ -22,7 +22,7 @@ from launch.doctor import unreachable
 from launch.jobs import HEAD_PATIENCE_S, Interrupts, Job, quiet_libraries
 from launch.json_rows import JsonRows, show_json
 from launch.live import say, show
-from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, advice_lines, is_finished, summary
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, advice_lines, ended_as_planned, is_finished, summary
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.sources import FolderRows
@@ -93,7 +93,8 @@ def run_command(
 
     \b
     Ctrl-C stops after the step at hand, saves, and prints the command that goes on.
-    Exit codes: 0 finished, or ended by its budget; 130 stopped, 1 failed, 2 refused before it started.
+    Exit codes: 0 finished, or ended as planned by its budget or by order (groundswell control); 130 stopped by a
+    signal, 1 failed, 2 refused before it started.
     """
     if runtime != "ray" and address != _LOCAL_CLUSTER:
         raise click.UsageError(f"--address names a Ray cluster, which --runtime {runtime} does not use")
@@ -227,8 +228,10 @@ def _conclude(path: Path, job: Job, progress: Progress, *, command: str | None, 
         say("\n".join([*trace, f"The run failed: {why}"]), error=True)
         _say_resume(path, command)
         return EXIT_FAILED
-    if progress.ended is not None and progress.ended.get("budget_worker_hours"):
+    if progress.ended is not None and ended_as_planned(progress.ended):
         speak(f"Ended at {progress.ended['samples_seen']:,} samples: {progress.ended['reason']}.\n{summary(path)}")
+        if progress.ended.get("ordered"):
+            _say_resume(path, command)
         return 0
     if progress.ended is None or progress.ended["kind"] != "finished":
         if progress.ended is not None:

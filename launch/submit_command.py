@@ -64,7 +64,8 @@ def submit_command(
 
     \b
     A run that exists there goes on from its newest whole checkpoint.
-    Exit codes: 0 submitted, or with --follow finished, 130 stopped, 1 failed, 2 refused, 3 left running by Ctrl-C.
+    Exit codes: 0 submitted, or with --follow finished or ended as planned (by its budget or by order), 130 stopped,
+    1 failed, 2 refused, 3 left running by Ctrl-C.
     """
     try:
         settings = load_config(

@@ -330,10 +330,14 @@ class History:
         if finished:
             self.journal.event("finished", reason=f"{samples_seen} samples seen", step=step, samples_seen=samples_seen)
         else:
-            reason = self._stop_reason or ("by order" if self._desk.wants_stop else reason or "asked to")
-            budget = None if self._stop_reason is None else self._config.budget.limit_worker_hours
+            ordered = self._stop_reason is None and self._desk.wants_stop
             self.journal.event(
-                "stopped", reason=reason, step=step, samples_seen=samples_seen, budget_worker_hours=budget
+                "stopped",
+                reason=self._stop_reason or ("by order" if ordered else reason or "asked to"),
+                step=step,
+                samples_seen=samples_seen,
+                budget_worker_hours=None if self._stop_reason is None else self._config.budget.limit_worker_hours,
+                ordered=ordered,
             )
             if self.journal.is_open:
                 (self._folder / folder.STOP_REQUEST).unlink(missing_ok=True)

@@ -276,6 +276,20 @@ def test_sigterm_stops_like_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture
     assert events(tmp_path)[-1]["kind"] == "stopped"
 
 
+def test_a_stop_by_order_is_a_planned_end_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, train={"samples": 64000}, options={"sleep_s": 0.005})
+    thread = when(has_steps(tmp_path), lambda: call("control", str(tmp_path / "run"), "stop"))
+    assert start(settings) == 0
+    thread.join()
+    stopped = next(row for row in events(tmp_path) if row["kind"] == "stopped")
+    assert stopped["ordered"] is True
+    said = capsys.readouterr()
+    assert f"Ended at {stopped['samples_seen']:,} samples: by order." in said.out
+    assert said.err.endswith("groundswell run mine --resume\n")
+
+
 def test_on_a_terminal_there_is_a_panel_and_no_library_speaks(tmp_path: Path) -> None:
     config_file = tmp_path / "norm.yaml"
     settings = {
