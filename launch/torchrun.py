@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -24,12 +25,13 @@ from launch.launched import Group, belongs_to, goes_on, write_note
 from launch.live import say, show_plain
 from launch.notice import Notice
 from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, planned_end, summary
+from launch.process_group import join, own_gpu
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.sources import FolderRows
 from launch.spawn import OTHERS, OURS, said_line
 from orchestrator.config import RunConfig, load_config, to_yaml
-from orchestrator.errors import ConfigError, GroundswellError, SessionError
+from orchestrator.errors import ConfigError, GroundswellError, RunFolderError, SessionError
 from orchestrator.runtime import folder
 from orchestrator.runtime.preparation import claimed, run_folder, write_config
 from orchestrator.runtime.tracking import check_libraries
@@ -47,6 +49,7 @@ _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|remote proces
 @click.option("--resume", is_flag=True, help="Go on with a run that exists.")
 @click.option("--auto-resume", is_flag=True, help="Go on with the run if it exists, else begin it.")
 @click.option("--elastic", is_flag=True, hidden=True, help="A stop may be that a node comes or goes.")
+@click.option("--refusal", type=click.Path(path_type=Path), hidden=True, help="Write there why none may begin; exit 0.")
 @click.option("--for-process", type=int, hidden=True, help="Say nothing, and stop when that process is gone.")
 def main(
     config: str,
@@ -57,6 +60,7 @@ def main(
     auto_resume: bool,
     elastic: bool,
     for_process: int | None,
+    refusal: Path | None,
 ) -> None:
     """Train CONFIG in the processes that torchrun started."""
     if "RANK" not in os.environ:
@@ -72,7 +76,13 @@ def main(
             find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
         )
         code = _train(
-            settings, rank=rank, resume=resume, auto_resume=auto_resume, elastic=elastic, for_process=for_process
+            settings,
+            rank=rank,
+            resume=resume,
+            auto_resume=auto_resume,
+            elastic=elastic,
+            for_process=for_process,
+            refusal=refusal,
         )
     except ConfigError as error:
         if rank == 0:  # all ranks read the same
@@ -89,7 +99,14 @@ def main(
 
 
 def _train(
-    settings: RunConfig, *, rank: int, resume: bool, auto_resume: bool, elastic: bool, for_process: int | None
+    settings: RunConfig,
+    *,
+    rank: int,
+    resume: bool,
+    auto_resume: bool,
+    elastic: bool,
+    for_process: int | None,
+    refusal: Path | None,
 ) -> int:
     """Train in the group that torchrun formed; the exit code is for the agent, which begins again at any but 0."""
     import torch
@@ -98,36 +115,49 @@ def _train(
     from orchestrator.runtime.worker import local_worker
     from orchestrator.train import train
 
+    if refusal is not None:
+        refusal.unlink(missing_ok=True)  # of a group before this one
     path = run_folder(settings)
-    device = _device(torch.cuda.device_count())
-    group = None
+    device = own_gpu(torch.cuda.device_count())
+    group: Group | None = None
+    refused: str | None = None
     if rank == 0:
-        group = _prepare(settings, path, resume=resume, auto_resume=auto_resume, patient=for_process is None)
+        try:
+            group = _prepare(settings, path, resume=resume, auto_resume=auto_resume, patient=for_process is None)
+        except GroundswellError as error:  # shared, so that all end alike, and no agent tries again
+            refused = str(error)
     if device is not None:
         torch.cuda.set_device(device)
-    _join("gloo" if device is None else "nccl")
+    join("gloo" if device is None else "nccl")
     worker = replace(local_worker(settings), folder_ready=True)
-    first: tuple[Group, str] = worker.collective.share((group, to_yaml(settings)))
-    if first[1] != to_yaml(settings):
+    group, first_config, refused = worker.collective.share((group, to_yaml(settings), refused))
+    if group is None:
+        del worker
+        dist.destroy_process_group()
+        return _refuse(str(refused), rank=rank, refusal=refusal)
+    if first_config != to_yaml(settings):
         raise SessionError(
             f"rank {rank} on {os.uname().nodename} reads another config than rank 0: give every node the same file and "
             "the same --set and --run-dir"
         )
     # Not sooner: until all have met there is nothing to save, and waiting for the others would only be drawn out.
-    notice = Notice(path, is_current=lambda: first[0].is_current(path))
+    notice = Notice(path, is_current=partial(group.is_current, path))
     notice.listen()
     over = threading.Event()
     progress = Progress(FolderRows(path))
     watch = _watch(path, progress, over=over, for_process=for_process) if rank == 0 else None
+    finished = False
     try:
         finished = train(settings, worker, resume=resume)
+    except RunFolderError as error:  # raised on all ranks, before the first step
+        refused = str(error)
     finally:
         notice.training_is_over()
         over.set()
         if watch is not None:
             watch.join()
-    noticed = not finished and worker.collective.sum([float(notice.given)])[0] > 0
-    if rank == 0 and for_process is None:
+    noticed = not finished and refused is None and worker.collective.sum([float(notice.given)])[0] > 0
+    if rank == 0 and for_process is None and refused is None:
         _say_how_it_ended(path, progress, pauses=noticed and elastic)
     # Only after success: a group that lost a member may never end. DDP's cycles keep the group, and a thread of it that
     # still runs while Python ends brings the process down (seen with torch 2.13: terminate called without an active
@@ -135,42 +165,13 @@ def _train(
     del worker
     gc.collect()
     dist.destroy_process_group()
+    if refused is not None:
+        return _refuse(refused, rank=rank, refusal=refusal)
     if not noticed or os.environ.get("GROUP_WORLD_SIZE") == "1" or notice.wait(_OWN_NOTICE_PATIENCE_S):
         return 0
     # Another node leaves, and its agent ends. Ours takes an exit with 0 for the run's end; at any other it meets with
     # the agents that are left.
     return EXIT_STOPPED
-
-
-def _join(backend: str) -> None:
-    """Form the process group.
-
-    On one machine with a store of our own making: torchrun keeps one store for all restarts, in which a worker that
-    was started again may find the address of one that is dead (seen with torch 2.13: connection refused). The
-    restart count tells them apart, but only within one agent: those of several machines count for themselves. With
-    several, ``groundswell torchrun`` has torch make a new store with each group, in rank zero's process, and no more
-    is needed.
-    """
-    import torch.distributed as dist
-
-    env = os.environ
-    if env.get("GROUP_WORLD_SIZE") != "1" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend)
-        return
-    kept = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]  # C++
-    store = dist.PrefixStore(f"groundswell/{env['TORCHELASTIC_RESTART_COUNT']}", kept)  # type: ignore[attr-defined]  # C++
-    dist.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
-
-
-def _device(num_gpus: int) -> int | None:
-    """The GPU of this process, or ``None`` for the CPU."""
-    here, local = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    if 0 < num_gpus < here:
-        raise SessionError(
-            f"{here} processes on a machine with {num_gpus} GPUs: a GPU serves one process; start at most {num_gpus} "
-            "(workers.initial, or --nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES="
-        )
-    return local if num_gpus else None
 
 
 def _prepare(settings: RunConfig, path: Path, *, resume: bool, auto_resume: bool, patient: bool) -> Group:
@@ -189,6 +190,17 @@ def _prepare(settings: RunConfig, path: Path, *, resume: bool, auto_resume: bool
         goes_on(path, launch=launch, resume=resume, auto_resume=auto_resume)  # a run may have begun meanwhile
         write_config(settings, path)
         return write_note(path, launch=launch)
+
+
+def _refuse(why: str, *, rank: int, refusal: Path | None) -> int:
+    """Say on every node why none begins; an agent that reads it there is told to leave it at that."""
+    if refusal is None:
+        if rank == 0:
+            _report(rank, OURS, why)
+        return EXIT_REFUSED
+    if os.environ["LOCAL_RANK"] == "0":
+        refusal.write_text(why, encoding="utf-8")
+    return 0
 
 
 def _watch(path: Path, progress: Progress, *, over: threading.Event, for_process: int | None) -> threading.Thread:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -145,16 +146,16 @@ def torchrun_command(
         )
         path = run_folder(settings)
         going_on = goes_on(path, launch=rdzv_id, resume=resume, auto_resume=auto_resume)
+        if going_on and is_finished(settings, path):
+            say(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
+            sys.exit(0)
+        used_up = exhausted(settings, path) if going_on else None
+        if used_up is not None:
+            say(f"Nothing was started: {used_up}; to go on with {path}, raise budget in its config.")
+            sys.exit(0)
     except GroundswellError as error:
         say(str(error), error=True)
         sys.exit(EXIT_REFUSED)
-    if going_on and is_finished(settings, path):
-        say(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
-        sys.exit(0)
-    used_up = exhausted(settings, path) if going_on else None
-    if used_up is not None:
-        say(f"Nothing was started: {used_up}; to go on with {path}, raise budget in its config.")
-        sys.exit(0)
     quiet_libraries()
     _set_environment(settings, os.environ)
     given = [f"--nnodes={nnodes[0]}:{nnodes[1]}", f"--nproc-per-node={nproc_per_node or _workers_here(settings)}"]
@@ -168,7 +169,12 @@ def torchrun_command(
     given += ["--no-plugins"] * no_plugins
     given += [] if run_dir is None else ["--run-dir", run_dir]
     given += ["--resume"] * resume + ["--auto-resume"] * auto_resume + ["--elastic"] * (nnodes[1] > 1)
-    code = _run_agent([*given, "--", config])
+    with tempfile.TemporaryDirectory() as scratch:
+        refusal = Path(scratch) / "refusal"
+        code = _run_agent([*given, "--refusal", str(refusal), "--", config])
+        if refusal.exists():
+            say(refusal.read_text(encoding="utf-8"), error=True)
+            sys.exit(EXIT_REFUSED)
     if code == 0 and not is_finished(settings, path) and planned_end(path) is None:
         code = EXIT_STOPPED
     if code == EXIT_STOPPED:

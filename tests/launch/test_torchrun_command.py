@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from orchestrator.config import to_yaml
 from orchestrator.runtime import folder
 from tests import support
 
+ROOT = Path(__file__).resolve().parents[2]
 Agent = Callable[[list[str]], int]
 ENDED = {"kind": "stopped", "reason": "the budget of 0.5 worker-hours is used up", "samples_seen": 640, "time": 1800.0}
 
@@ -66,3 +69,26 @@ def test_a_run_that_its_budget_ended_has_ended_well_and_is_not_begun_again(
     more = call(ends(tmp_path / "run"), "--resume", "--set", "budget.worker_hours=2")
     assert more.exit_code == 130
     assert "Stopped; the same command with --resume goes on" in more.stderr
+
+
+def test_a_folder_with_a_broken_line_is_refused_without_an_agent(call: Callable[..., Result], tmp_path: Path) -> None:
+    assert call(ends(tmp_path / "run")).exit_code == 130
+    with (tmp_path / "run" / folder.EVENTS).open("a") as events:
+        events.write("torn\n{}\n")
+    done = call(lambda _: 0, "--resume")
+    assert done.exit_code == 2
+    assert "events.jsonl: line 3 is not JSON of a run" in done.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_what_rank_zero_refuses_no_agent_tries_again(tmp_path: Path) -> None:
+    settings = support.config(tmp_path, workers={"initial": 2, "max": 2})
+    (tmp_path / "run" / folder.CONFIG).mkdir(parents=True)  # where a file is to be written
+    (tmp_path / "run.yaml").write_text(to_yaml(settings))
+    command = [sys.executable, "-m", "launch.cli", "torchrun", str(tmp_path / "run.yaml"), "--max-restarts=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("cannot write") == 1
+    assert done.stderr.startswith(f"cannot write {tmp_path}/run/config.yaml: ")
+    assert "restart" not in done.stderr
