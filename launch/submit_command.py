@@ -118,14 +118,14 @@ def _submit(
         left = package.left_behind(found)
         if left is not None:
             say(left)
-        config_path = package.pack(Path.cwd(), settings, found=found, target=target)
-        say(f"{Path.cwd()}: {len(found.files)} files, {package.in_bytes(target.stat().st_size)} to send")
+        packed = package.pack(Path.cwd(), settings, found=found, target=target)
+        say(f"{Path.cwd()}: {packed.num_files} files, {package.in_bytes(target.stat().st_size)} to send")
         job = jobs.submit(
             client,
             settings,
             number=number,
             package=target,
-            config_path=config_path,
+            config_path=packed.config_path,
             stop_patience_s=stop_patience_s,
         )
     say(f"{settings.run.name} was submitted to {url} as {job.submission_id}; it is kept in {job.folder}")

@@ -24,6 +24,8 @@ EXCLUDES = (
     ".hypothesis", ".ipynb_checkpoints", ".tox", ".nox", "node_modules", "*.egg-info", "/runs", "/wandb", "/mlruns",
     "/lightning_logs", ".env", ".netrc", f"/{CONFIG_FOLDER}",
 )  # fmt: skip
+# What a virtual environment holds of its own, where the working directory is one, with the code beside that.
+_ENVIRONMENT = ("/pyvenv.cfg", "/bin", "/include/python*", "/lib/python*", "/lib64")
 _NAMED = 5
 
 
@@ -33,11 +35,19 @@ class Contents:
 
     files: Mapping[str, int]
     too_large: Mapping[str, int]
-    environments: tuple[str, ...]  # virtual ones, whatever they are called
+    excludes: tuple[str, ...]  # patterns of all that stays, beyond what Git and Ray were told
 
     @property
     def size_bytes(self) -> int:
         return sum(self.files.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """What was packed: the config's path in it, and how many files are beside that."""
+
+    config_path: str
+    num_files: int
 
 
 def contents(directory: Path) -> Contents:
@@ -51,17 +61,19 @@ def contents(directory: Path) -> Contents:
         if path.is_file():
             files[str(path.relative_to(directory))] = path.stat().st_size
 
-    _dir_travel(directory, [_get_excludes(directory, list(EXCLUDES))], see, include_gitignore=_heeds_gitignore())
-    environments = tuple(str(Path(name).parent) for name in files if Path(name).name == "pyvenv.cfg")
+    excludes = [*EXCLUDES, *(_ENVIRONMENT if (directory / "pyvenv.cfg").exists() else ())]
+    _dir_travel(directory, [_get_excludes(directory, excludes)], see, include_gitignore=_heeds_gitignore())
+    environments = [str(Path(name).parent) for name in files if Path(name).name == "pyvenv.cfg"]
     inside = tuple(f"{environment}/" for environment in environments)
     files = {name: size for name, size in files.items() if not name.startswith(inside)}
     large = {name: size for name, size in files.items() if size > LARGEST_FILE_BYTES}
     kept = {name: size for name, size in files.items() if name not in large}
-    return Contents(files=kept, too_large=large, environments=environments)
+    excludes += [f"/{_literally(name)}" for name in (*environments, *large)]
+    return Contents(files=kept, too_large=large, excludes=tuple(excludes))
 
 
-def pack(directory: Path, config: RunConfig, *, found: Contents, target: Path) -> str:
-    """Zip ``directory``, whose contents were ``found``, and the config into ``target``; the config's path within it.
+def pack(directory: Path, config: RunConfig, *, found: Contents, target: Path) -> Package:
+    """Zip ``directory``, whose contents were ``found``, and the config into ``target``.
 
     Raises ``ClusterError`` above the size that Ray takes, naming the largest entries.
     """
@@ -73,15 +85,17 @@ def pack(directory: Path, config: RunConfig, *, found: Contents, target: Path) -
             f"{in_bytes(GCS_STORAGE_MAX_SIZE)}. The largest: {_largest(found.files)}. Name what the run does not need "
             "in .gitignore or .rayignore, or keep data on storage that the cluster reads"
         )
-    excludes = [*EXCLUDES, *(f"/{_literally(name)}" for name in (*found.environments, *found.too_large))]
-    create_package(str(directory.absolute()), target, include_gitignore=_heeds_gitignore(), excludes=excludes)
+    create_package(
+        str(directory.absolute()), target, include_gitignore=_heeds_gitignore(), excludes=list(found.excludes)
+    )
     name = f"{CONFIG_FOLDER}/{config.run.name}.yaml"
     # A fixed date: what did not change is not uploaded again, for Ray names a package by its bytes.
     entry = zipfile.ZipInfo(name)
     entry.external_attr = 0o644 << 16
     with zipfile.ZipFile(target, "a") as package:
+        num_files = sum(not name.endswith("/") for name in package.namelist())
         package.writestr(entry, to_yaml(config))
-    return name
+    return Package(config_path=name, num_files=num_files)
 
 
 def left_behind(found: Contents) -> str | None:

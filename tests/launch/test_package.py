@@ -26,8 +26,9 @@ def packed(folder: Path, scratch: Path) -> zipfile.ZipFile:
     target = scratch / "package.zip"
     target.unlink(missing_ok=True)
     config = support.config("/shared/runs")
-    name = package.pack(folder, config, found=package.contents(folder), target=target)
-    assert name == ".groundswell/run.yaml"
+    found = package.contents(folder)
+    made = package.pack(folder, config, found=found, target=target)
+    assert made == package.Package(config_path=".groundswell/run.yaml", num_files=len(found.files))
     return zipfile.ZipFile(target)
 
 
@@ -63,6 +64,25 @@ def test_code_travels_and_what_a_run_does_not_need_stays(folder: Path, tmp_path:
     assert set(package.contents(folder).files) == travels
     with packed(folder, tmp_path) as zipped:
         assert {name for name in zipped.namelist() if not name.endswith("/")} == {*travels, ".groundswell/run.yaml"}
+
+
+def test_code_in_a_virtual_environment_travels_without_it(folder: Path, tmp_path: Path) -> None:
+    fill(
+        folder,
+        **{
+            "pyvenv.cfg": "x",
+            "bin/python": "x",
+            "lib/python3.11/site-packages/torch.py": "x",
+            "lib64/python3.11/site-packages/torch.py": "x",
+            "include/python3.11/x.h": "x",
+            "task.py": "code",
+            "lib/inner.py": "code",
+            "package/bin/tool.py": "code",
+        },
+    )
+    with packed(folder, tmp_path) as zipped:
+        names = {name for name in zipped.namelist() if not name.endswith("/")}
+    assert names == {"task.py", "lib/inner.py", "package/bin/tool.py", ".groundswell/run.yaml"}
 
 
 def test_the_config_that_travels_is_the_one_that_was_checked(folder: Path, tmp_path: Path) -> None:
