@@ -53,20 +53,23 @@ def _on_a_cluster(command: Callable[..., int]) -> Callable[..., None]:
 @_on_a_cluster
 def status_command(client: JobSubmissionClient, *, run: str) -> int:
     """Say where RUN is, the name of a run or of a submission: its state, and its newest numbers."""
-    from launch.ray_jobs.follow import newest
+    from launch.ray_jobs.follow import UnreadableLogError, newest
     from launch.ray_jobs.jobs import find
 
     job = find(client, run)
     since = "for" if job.goes_on else "after"
     say(f"{job.run}: {job.state} {since} {duration(_took_s(job))} as {job.submission_id}")
-    progress = newest(client, job)
-    if progress is None or progress.now is None:
-        say("  no step was taken yet" if job.goes_on else "  no step was taken")
-    else:
-        for line in _numbers(progress, speed=job.goes_on):
-            say(f"  {line}")
-        if progress.ended is not None and progress.ended["kind"] == "stopped":
-            say(f"  stopped: {progress.ended['reason']}")
+    try:
+        progress = newest(client, job)
+        if progress is None or progress.now is None:
+            say("  no step was taken yet" if job.goes_on else "  no step was taken")
+        else:
+            for line in _numbers(progress, speed=job.goes_on):
+                say(f"  {line}")
+            if progress.ended is not None and progress.ended["kind"] == "stopped":
+                say(f"  stopped: {progress.ended['reason']}")
+    except UnreadableLogError as error:
+        say(f"  {error}")
     say(f"  folder {job.folder}; config {job.config_sha256[:12]}, revision {job.revision[:12]}{_dirty(job)}")
     return 0
 
@@ -98,7 +101,7 @@ def logs_command(client: JobSubmissionClient, *, run: str, follow_it: bool, raw:
 @_on_a_cluster
 def stop_command(client: JobSubmissionClient, *, run: str) -> int:
     """Stop RUN after the step at hand, with a checkpoint; submitting it again goes on from there."""
-    from launch.ray_jobs.follow import newest
+    from launch.ray_jobs.follow import UnreadableLogError, newest
     from launch.ray_jobs.jobs import find, refresh
 
     job = find(client, run)
@@ -114,7 +117,11 @@ def stop_command(client: JobSubmissionClient, *, run: str) -> int:
     if job.goes_on:
         say(f"{job.submission_id} is still {job.state}; groundswell logs {job.run} shows what it does", error=True)
         return EXIT_FAILED
-    progress = newest(client, job)
+    try:
+        progress = newest(client, job)
+    except UnreadableLogError as error:
+        say(f"{job.run} is {job.state}, and whether it saved is not known: {error}", error=True)
+        return EXIT_FAILED
     if progress is None:
         say(f"{job.run} stopped before it had begun")
     elif progress.saved_samples is not None:  # the run says no end where it is stopped in the middle of a resize

@@ -111,7 +111,8 @@ def _submit(
     note = check_versions(client, ray_version=ray.__version__)
     if note is not None:
         say(note)
-    number = jobs.next_number(client, settings.run.name)
+    with answering(client):
+        number = jobs.next_number(client, settings.run.name)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / f"{settings.run.name}.zip"
         found = package.contents(Path.cwd())
@@ -120,14 +121,15 @@ def _submit(
             say(left)
         packed = package.pack(Path.cwd(), settings, found=found, target=target)
         say(f"{Path.cwd()}: {packed.num_files} files, {package.in_bytes(target.stat().st_size)} to send")
-        job = jobs.submit(
-            client,
-            settings,
-            number=number,
-            package=target,
-            config_path=packed.config_path,
-            stop_patience_s=stop_patience_s,
-        )
+        with answering(client):
+            job = jobs.submit(
+                client,
+                settings,
+                number=number,
+                package=target,
+                config_path=packed.config_path,
+                stop_patience_s=stop_patience_s,
+            )
     say(f"{settings.run.name} was submitted to {url} as {job.submission_id}; it is kept in {job.folder}")
     with answering(client):
         return follow(client, job) if follow_it else _watch_it_begin(client, job)
@@ -135,16 +137,20 @@ def _submit(
 
 def _watch_it_begin(client: JobSubmissionClient, job: RunJob) -> int:
     """A head without what the job needs fails it at once, and that is better said now."""
-    from launch.ray_jobs.follow import conclude, read_log
+    from launch.ray_jobs.follow import UnreadableLogError, conclude, read_log
     from launch.ray_jobs.jobs import refresh
 
     until_s = time.monotonic() + _BEGIN_PATIENCE_S
     while time.monotonic() < until_s:
         job = refresh(client, job)
+        try:
+            log = read_log(client, job)
+        except UnreadableLogError:  # said at the job's end
+            log = ""
         if not job.goes_on and job.exit_code != 0:
-            say(read_log(client, job).rstrip(), error=True)
+            say(log.rstrip(), error=True)
             return conclude(client, job)
-        if not job.goes_on or '"groundswell": "' in read_log(client, job):
+        if not job.goes_on or '"groundswell": "' in log:
             break
         time.sleep(_LOOK_EVERY_S)
     say(f"It is {job.state}: groundswell logs {job.run} --follow shows it, groundswell stop {job.run} stops it")

@@ -68,7 +68,10 @@ class Attachment:
                 break
             await asyncio.sleep(_BETWEEN_ATTEMPTS_S)
         # The stream of a job that ends quickly may end before its last lines.
-        self.rows.add(self._text.take(await asyncio.to_thread(read_log, self._client, self._job)))
+        try:
+            self.rows.add(self._text.take(await asyncio.to_thread(read_log, self._client, self._job)))
+        except UnreadableLogError as error:
+            self.rows.add([str(error)])
         self.rows.add(self._text.last())
 
     async def _stream(self) -> None:
@@ -130,12 +133,20 @@ def conclude(client: JobSubmissionClient, job: RunJob) -> int:
     if job.exit_code is None:
         raise ClusterError(f"{job.submission_id} is {job.state} on the cluster, though its log has ended")
     if job.state == "stopped":
-        reached = newest(client, job)
+        try:
+            reached = newest(client, job)
+        except UnreadableLogError as error:
+            reached = None
+            say(str(error), error=True)
         saved = None if reached is None else reached.saved_samples
         how = "was ended" if saved is None else f"stopped at {saved:,} samples, saved in {job.folder}"
         say(f"{job.run} {how}; submitting it again goes on from the last checkpoint.", error=True)
     elif job.state == "failed":
-        log = read_log(client, job)
+        try:
+            log = read_log(client, job)
+        except UnreadableLogError as error:
+            log = str(error)
+            say(log, error=True)
         if _NOT_INSTALLED in log:
             say(_HOW_TO_INSTALL, error=True)
         elif "last available logs" not in job.message:  # else the log was shown
@@ -145,7 +156,7 @@ def conclude(client: JobSubmissionClient, job: RunJob) -> int:
 
 
 def newest(client: JobSubmissionClient, job: RunJob) -> Progress | None:
-    """What the job's log says of the run by now; ``None`` before it began."""
+    """What the job's log says of the run by now; ``None`` before it began. Raises ``UnreadableLogError``."""
     rows = LogRows(job.run, live=False)
     rows.add(read_log(client, job).splitlines())
     progress = Progress(rows, clock=rows.clock)
@@ -154,9 +165,16 @@ def newest(client: JobSubmissionClient, job: RunJob) -> Progress | None:
     return None if progress.start is None else progress
 
 
+class UnreadableLogError(ClusterError):
+    """A log that says nothing, which is not a log that says that nothing happened."""
+
+
 def read_log(client: JobSubmissionClient, job: RunJob) -> str:
-    """All that the job has printed; nothing where its node, or the head, is gone."""
+    """All that the job has printed. Raises ``UnreadableLogError``, as where its node is gone."""
     try:
         return client.get_job_logs(job.submission_id)
-    except (RuntimeError, OSError):  # Ray's word for every answer but 200; no answer
-        return ""
+    except (RuntimeError, OSError) as error:  # Ray's word for every answer but 200; no answer
+        raise UnreadableLogError(
+            f"the log of {job.submission_id} cannot be read, perhaps since its node is gone: {job.folder} says what "
+            "came of the run"
+        ) from error

@@ -92,11 +92,13 @@ def connect(address: str, *, allow_unauthenticated: bool) -> JobSubmissionClient
 
 @contextmanager
 def answering(client: JobSubmissionClient) -> Iterator[None]:
-    """Turn a connection that breaks into ``ClusterError``."""
+    """Turn a connection that breaks, and an answer that is a refusal, into ``ClusterError``."""
     try:
         yield
     except OSError as error:  # as are all errors of requests
         raise ClusterError(f"the head at {client.get_address()} answers no longer ({_first_line(error)})") from error
+    except RuntimeError as error:  # Ray's word for every answer but 200
+        raise ClusterError(f"the head at {client.get_address()} does not do as asked: {_first_line(error)}") from error
 
 
 def check_versions(client: JobSubmissionClient, *, ray_version: str) -> str | None:
