@@ -42,7 +42,16 @@ def head_address(given: str | None) -> str:
     if given is None:
         named = (os.environ.get(variable, "") for variable in _ADDRESS_VARIABLES)
         given = next((address for address in named if address.startswith(("http://", "https://"))), DEFAULT_ADDRESS)
+    if "@" in given:  # before anything that repeats the address
+        raise ClusterError(
+            f"--address holds a password, which others can read in the process list: {_HOW_TO_AUTHENTICATE}"
+        )
     address = given if "://" in given else f"http://{given}"
+    if "?" in address or "#" in address:
+        raise ClusterError(
+            f"--address holds more than http://HOST:8265, behind a ? or #; where that is a token, "
+            f"{_HOW_TO_AUTHENTICATE}"
+        )
     try:
         parts = urlsplit(address)
         whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port or "." in parts.hostname)
@@ -50,10 +59,6 @@ def head_address(given: str | None) -> str:
         whole = False
     if not whole:
         raise ClusterError(f"--address {given} is not where a head takes jobs: write http://HOST:8265")
-    if parts.username or parts.password:
-        raise ClusterError(
-            f"--address holds a password, which others can read in the process list: {_HOW_TO_AUTHENTICATE}"
-        )
     return address.rstrip("/")
 
 

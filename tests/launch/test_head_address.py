@@ -39,9 +39,30 @@ def test_an_address_that_takes_no_jobs_is_refused(given: str) -> None:
         head_address(given)
 
 
-def test_a_password_in_an_address_is_refused_without_repeating_it() -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://me:hunter2@head:8265",
+        "me:hunter2@head:8265",
+        "ray://me:hunter2@head:10001",
+        "http://hunter2@head",
+        "http://me:hunter2@head:port",
+        "http://me:hunter2@",
+        "http://head:8265/?token=hunter2",
+        "http://head:8265?token=hunter2",
+        "http://head:8265/#hunter2",
+        "ray://head:10001?token=hunter2",
+    ],
+)
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_a_password_in_an_address_is_refused_without_repeating_it(
+    given: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "environment":
+        given = given if given.startswith("http") else f"http://{given.rpartition('/')[2]}"
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", given)
     with pytest.raises(ClusterError) as refused:
-        head_address("http://me:hunter2@head:8265")
+        head_address(given if by == "option" else None)
     assert "hunter2" not in str(refused.value)
     assert "RAY_AUTH_TOKEN_PATH" in str(refused.value)
 
