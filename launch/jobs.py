@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType, TracebackType
 from typing import Any, final
 
@@ -74,7 +75,7 @@ class Job:
         from orchestrator.runtime.worker import local_worker
         from orchestrator.train import train
 
-        train(self._config, local_worker(self._config), resume=self._resume)
+        train(self._config, replace(local_worker(self._config), own_process=True), resume=self._resume)
 
     def _torchrun(self) -> None:
         from launch.spawn import spawn

@@ -129,7 +129,7 @@ def _train(
     if device is not None:
         torch.cuda.set_device(device)
     join("gloo" if device is None else "nccl")
-    worker = replace(local_worker(settings), folder_ready=True)
+    worker = replace(local_worker(settings), folder_ready=True, own_process=True)
     group, first_config, refused = worker.collective.share((group, to_yaml(settings), refused))
     if group is None:
         del worker

@@ -40,6 +40,7 @@ def ray_worker(config: RunConfig) -> Worker:
         hold=_hold,
         report_checkpoint=_report,
         folder_ready=True,
+        own_process=True,
         trackers=(RunMetrics(config),) if zero else (),
     )
 

@@ -179,7 +179,6 @@ class History:
             checkpoint=checkpoint,
             step=at.step,
             samples_seen=at.samples_seen,
-            paid_since=self._budget.paid_since,
         )
         self._told, self._announced = at, welcome.pending
         try:

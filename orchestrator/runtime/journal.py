@@ -28,12 +28,16 @@ from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.closing_advice import closing_advice
 from orchestrator.runtime.folder import RunWriter
 from orchestrator.runtime.outlook import Outcome, Outlook
+from orchestrator.runtime.paid_time import PaidTime
 from orchestrator.runtime.scalars import ScalarBoard
 from orchestrator.runtime.trackers import Trackers, dropped
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import Action, ApplyPlan, BatchPlan, GradMeasured, Keep, NoiseStats, decided_batch
 
 logger = logging.getLogger(__name__)
+
+# What an attempt that ends, however it does, has said by then; what it has used is counted by these.
+_SIGNS_OF_LIFE = ("started", "resumed", "checkpoint", "budget", "finished", "stopped", "fault")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ class Journal:
         self._outlook = Outlook()
         self._writer: RunWriter | None = None
         self._trackers = Trackers(worker.trackers)
+        self.paid = PaidTime(worker)
         # What rank zero saw at the steps whose decisions are on their way.
         self._decided_from: dict[int, tuple[int, NoiseStats]] = {}
 
@@ -84,6 +89,7 @@ class Journal:
     def open(self, path: Path) -> None:
         """Begin a new attempt in the folder at ``path``."""
         self._writer = RunWriter(path)
+        self.paid.limit(path)
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the lines after it go on as if there had been no break."""
@@ -243,9 +249,7 @@ class Journal:
         checkpoint: Path | None,
         step: int,
         samples_seen: int,
-        paid_since: float,
     ) -> None:
-        """``paid_since`` is the time from which the attempt's workers cost something."""
         assert self._writer is not None, "open() comes first"
         self._follow(self._writer.folder)
         plan = welcome.now.plan
@@ -257,7 +261,6 @@ class Journal:
             checkpoint=None if checkpoint is None else str(checkpoint),
             runtime=self._worker.runtime,
             workers_stay=self._worker.workers_stay,
-            workers_since=paid_since,
             device=str(self._worker.device),
             world_size=plan.world_size,
             global_batch=plan.batch,
@@ -285,6 +288,8 @@ class Journal:
 
     def event(self, kind: str, *, reason: str, step: int | None, samples_seen: int | None, **evidence: Any) -> None:
         row = {"time": self._worker.wall_time(), "kind": kind, "step": step, "samples_seen": samples_seen}
+        if kind in _SIGNS_OF_LIFE:
+            row["paid_s"] = self.paid.now_s
         self._append(folder.EVENTS, row | {"reason": reason} | evidence)
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """What have the attempts of a run used so far, in worker-hours? Read from its folder.
 
-A worker costs from its start to its end. An attempt is counted from the time that its first event says its workers
-were there to its last event or step, and a moment more, in which its processes end; one that died counts up to its last
-sign of life.
+One rule: each worker of an attempt costs from the start of its process until the attempt's last sign of life, and a
+moment more, in which the process ends. How long that was the events of the attempt say (``paid_s``, see ``paid_time``),
+and where it died without a word, its steps: never less than what it trained. An attempt that died before its first
+event left no sign of life, and is not counted.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ SAVING_S = 10.0  # for a checkpoint, before one of this run was timed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """Times in seconds since the epoch."""
+    """Seconds for each worker: until training began, and until the last sign of life."""
 
-    since: float
-    until: float
-    started: float  # its first event of training
+    began_s: float
+    lasted_s: float
     workers: int
 
 
@@ -35,23 +35,22 @@ def attempts(run: Path) -> list[Attempt]:
     """Those that came to train, in order."""
     found: dict[int, Attempt] = {}
     for row in folder.rows(run / folder.EVENTS):
-        number = row["attempt"]
+        number, paid_s = row["attempt"], row.get("paid_s", 0.0)
         if row["kind"] in ("started", "resumed"):
-            since, now = row.get("workers_since", row["time"]), row["time"]
-            found[number] = Attempt(since=since, until=now, started=now, workers=row["world_size"])
+            found[number] = Attempt(began_s=paid_s, lasted_s=paid_s, workers=row["world_size"])
         elif number in found:
-            found[number] = replace(found[number], until=max(found[number].until, row["time"]))
+            found[number] = replace(found[number], lasted_s=max(found[number].lasted_s, paid_s))
     trained_s: dict[int, float] = {}
     for row in folder.rows(run / folder.METRICS):
         trained_s[row["attempt"]] = trained_s.get(row["attempt"], 0.0) + (row["step_time_s"] or 0.0)
     return [
-        replace(attempt, until=max(attempt.until, attempt.started + trained_s.get(number, 0.0)))
+        replace(attempt, lasted_s=max(attempt.lasted_s, attempt.began_s + trained_s.get(number, 0.0)))
         for number, attempt in found.items()
     ]
 
 
 def worker_hours_of(ended: Sequence[Attempt]) -> float:
-    return sum((a.until + ENDING_S - a.since) * a.workers for a in ended) / S_PER_HOUR
+    return sum((attempt.lasted_s + ENDING_S) * attempt.workers for attempt in ended) / S_PER_HOUR
 
 
 def longest_save_s(run: Path) -> float | None:
@@ -60,9 +59,20 @@ def longest_save_s(run: Path) -> float | None:
     return max(took, default=None)
 
 
-def end_s(save_s: float | None) -> float:
-    """What to keep for an attempt's end: a checkpoint, half as long again as the longest, and the processes' end."""
-    return (SAVING_S if save_s is None else 1.5 * save_s) + ENDING_S
+def longest_pause_s(run: Path) -> float:
+    """The longest that training paused for an evaluation, as far as the events ``budget`` say; 0 before the first."""
+    rows = (row for row in folder.rows(run / folder.EVENTS) if row["kind"] == "budget")
+    return max((row.get("longest_pause_s", 0.0) for row in rows), default=0.0)
+
+
+def save_s(longest_s: float | None) -> float:
+    """What to keep for a checkpoint: half as long again as the longest."""
+    return SAVING_S if longest_s is None else 1.5 * longest_s
+
+
+def end_s(longest_save: float | None) -> float:
+    """What to keep for an attempt's end: a checkpoint, and the processes' end."""
+    return save_s(longest_save) + ENDING_S
 
 
 def exhausted(config: RunConfig, run: Path) -> str | None:
@@ -78,7 +88,7 @@ def exhausted(config: RunConfig, run: Path) -> str | None:
     if (end.get("budget_worker_hours") or 0.0) >= limit:
         return str(end["reason"])
     last = before[-1]
-    least_s = last.started - last.since + end_s(longest_save_s(run))
+    least_s = last.began_s + end_s(longest_save_s(run))
     spent = Spent(worker_hours=worker_hours_of(before), reserve_worker_hours=least_s * last.workers / S_PER_HOUR)
     stop = budget.used_up(limit, spent)
     return None if stop is None else stop.reason

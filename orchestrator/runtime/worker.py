@@ -41,6 +41,7 @@ class Worker:
     report_checkpoint: Callable[[str], None] = _report_nothing
     resize_cost_s: float | None = None  # of the resize that led here, if one did
     folder_ready: bool = False  # the launcher has made or checked the run's folder
+    own_process: bool = False  # a launcher has started this process for the run, which pays for it from its start
     trackers: tuple[Tracker, ...] = ()  # that follow the run besides those of the config; used on rank zero
 
     @property

@@ -21,13 +21,13 @@ from orchestrator.core.planner import WorkerLimits, make_plan
 from orchestrator.core.staffing import Need, request
 from orchestrator.core.throughput import StepTimes, Timings
 from orchestrator.ports import BrainRecord
-from orchestrator.runtime import folder, process_start
+from orchestrator.runtime import folder, paid_time
 from orchestrator.runtime.brain import LocalBrain
 from orchestrator.runtime.budget_watch import BudgetWatch
 from orchestrator.runtime.collective import Solo
 from orchestrator.runtime.journal import Journal, Moment
 from orchestrator.runtime.rules import rules_from
-from orchestrator.runtime.spending import ENDING_S, attempts, end_s, exhausted, worker_hours_of
+from orchestrator.runtime.spending import ENDING_S, SAVING_S, attempts, exhausted, worker_hours_of
 from orchestrator.runtime.worker import Worker, local_worker
 from orchestrator.train import train
 from orchestrator.types import BatchPlan, Event, Keep, RequestWorkers, Spent, Stop
@@ -155,9 +155,11 @@ class Told(LocalBrain):
         super().post(event)
 
 
-def watched(place: Path, limit_s: float, **more: Any) -> tuple[BudgetWatch, Told, Journal, Clock]:
-    """A run of one worker with so many worker-seconds, as its first attempt begins."""
-    given_config = config(place, budget={"worker_hours": limit_s / HOUR, **more})
+def watched(
+    place: Path, limit_s: float, *, samples: int = 640, **more: Any
+) -> tuple[BudgetWatch, Told, Journal, Clock]:
+    """A run of one worker with so many worker-seconds, as its first attempt begins; ``more`` are the config's."""
+    given_config = config(place, **{"train": {"samples": samples}, "budget": {"worker_hours": limit_s / HOUR}, **more})
     run = place / "run"
     run.mkdir(parents=True, exist_ok=True)
     clock, settled = Clock(), rules_from(given_config, dataset_size=640)
@@ -169,48 +171,88 @@ def watched(place: Path, limit_s: float, **more: Any) -> tuple[BudgetWatch, Told
     watch = BudgetWatch(given_config, run=run, worker=worker, journal=journal, rules=settled)
     journal.open(run)
     brain.begin(BrainRecord(), world_size=1, dataset_size=640, resize_cost_s=None)
-    journal.event(
-        "started", reason="", step=0, samples_seen=0, workers_since=watch.paid_since, world_size=1,
-    )  # fmt: skip
+    journal.event("started", reason="", step=0, samples_seen=0, world_size=1)
     return watch, brain, journal, clock
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    spare_s=st.floats(60.0, 600.0),
+    cycles=st.floats(2.1, 4.0),
     step_s=st.floats(0.5, 20.0),
     unevenness=st.lists(st.floats(0.7, 1.0), min_size=20, max_size=20),
-    save_s=st.floats(0.0, 10.0),
+    save_s=st.floats(0.0, 90.0),
+    save_every=st.integers(30, 300),
+    evaluation_s=st.floats(0.0, 2000.0),
+    evaluate_every=st.integers(30, 300),
+    late=st.integers(0, 2),
 )
-def test_whatever_steps_and_checkpoints_take_the_run_ends_within_its_budget(
-    tmp_path_factory: pytest.TempPathFactory, spare_s: float, step_s: float, unevenness: list[float], save_s: float
+def test_whatever_steps_evaluations_and_checkpoints_take_the_run_ends_within_its_budget(
+    tmp_path_factory: pytest.TempPathFactory,
+    cycles: float,
+    step_s: float,
+    unevenness: list[float],
+    save_s: float,
+    save_every: int,
+    evaluation_s: float,
+    evaluate_every: int,
+    late: int,
 ) -> None:
-    limit_s = time.time() - process_start.process_start() + spare_s
-    watch, brain, journal, clock = watched(tmp_path_factory.mktemp("run"), limit_s)
-    age_s = time.time() - watch.paid_since
+    limit_s = cycles * (max(save_every, evaluate_every) * step_s + evaluation_s + save_s) + 60
+    watch, brain, journal, clock = watched(
+        tmp_path_factory.mktemp("run"),
+        limit_s,
+        samples=10**9,
+        evaluation={"every_samples": evaluate_every},
+        checkpoint={"every_samples": save_every},
+    )
     watch.begin(brain, Moment(step=0, samples_seen=0))
-    step = 0
-    while (stop := brain.commands().stop) is None:
+    step, stopped_at, saved_at = 0, None, None
+    while stopped_at is None or step < stopped_at + late:
         clock.now_s += step_s * unevenness[step % 20] if step % 50 else step_s
         step += 1
-        watch.look(brain, Moment(step=step, samples_seen=step))
-    assert stop is not None
-    # Two more steps until every rank has heard of it, a checkpoint, and the end of the processes.
-    total_s = age_s + clock.now_s + 2 * step_s + save_s + ENDING_S
-    assert total_s <= limit_s + 1.0  # of the test's own time
-    # And it is not given up long before: what is kept, and two looks.
-    assert age_s + clock.now_s + 5 * step_s + end_s(None) >= 0.98 * limit_s
+        # A sample a step; what is told is a step behind.
+        watch.look(brain, Moment(step=step - 1, samples_seen=step - 1))
+        if stopped_at is None and brain.commands().stop is not None:
+            stopped_at, stopped_s = step, clock.now_s
+        heard = stopped_at is not None and step >= stopped_at + late
+        if step % evaluate_every == 0 and not heard:
+            clock.now_s += evaluation_s
+        if step % save_every == 0:
+            clock.now_s += save_s
+            watch.saved(save_s)
+            saved_at = step
+    total_s = clock.now_s + (0.0 if saved_at == step else save_s) + ENDING_S
+    assert total_s <= limit_s + 1e-6
+    # And it is not given up long before: what is kept for steps, for what is due, and for the end, and the last look.
+    kept_s = 4 * step_s + evaluation_s + 3 * max(save_s, SAVING_S) + ENDING_S
+    assert stopped_s + kept_s >= limit_s - 0.01 * limit_s
     # The controller is not told at every look, but for the end.
-    assert len(brain.heard) <= 105 + 2 * (3 * step_s + end_s(None)) / (0.7 * step_s) + 10
+    assert len(brain.heard) <= 105 + 2 * kept_s / (0.7 * step_s) + 10
     journal.close()
+
+
+def test_what_an_earlier_attempt_paused_is_kept_back_before_the_next_evaluation(tmp_path: Path) -> None:
+    write(tmp_path / "run", {"attempt": 0, "kind": "budget", "time": 1.0, "longest_pause_s": 500.0})
+    watch, brain, journal, clock = watched(tmp_path, 1000.0, samples=10**6, evaluation={"every_samples": 3200})
+    watch.begin(brain, Moment(step=0, samples_seen=0))
+    for step in range(1, 150):
+        clock.now_s += 6.0
+        watch.look(brain, Moment(step=step, samples_seen=32 * step))
+        if brain.commands().stop is not None:
+            break
+    journal.close()
+    # 100 steps would reach the evaluation, after 600 s, when 500 s more cannot be paid.
+    assert 90 <= step < 100
 
 
 def test_a_tenth_is_written_down_once_with_whether_the_rest_suffices(tmp_path: Path) -> None:
     limit_s = 100_000.0
-    watch, brain, journal, clock = watched(tmp_path, limit_s, money=1.0, price_per_worker_hour=0.01)
+    watch, brain, journal, clock = watched(
+        tmp_path, limit_s, budget={"worker_hours": limit_s / HOUR, "money": 1.0, "price_per_worker_hour": 0.01}
+    )
     watch.begin(brain, Moment(step=0, samples_seen=0))
     for step in range(1, 41):
-        clock.now_s += limit_s / 100
+        clock.now_s += 1.001 * limit_s / 100
         watch.look(brain, Moment(step=step, samples_seen=4 * step))
     watch.end(Moment(step=40, samples_seen=160))
     journal.close()
@@ -231,20 +273,22 @@ def write(run: Path, *rows: dict[str, Any], name: str = folder.EVENTS) -> None:
         file.writelines(json.dumps({"step": 0, **row}) + "\n" for row in rows)
 
 
-def test_attempts_cost_from_their_workers_start_to_their_last_sign_of_life(tmp_path: Path) -> None:
+def test_attempts_cost_from_their_workers_start_to_their_last_sign_of_life_whatever_the_time_of_day(
+    tmp_path: Path,
+) -> None:
     write(
         tmp_path,
-        {"attempt": 1, "kind": "started", "time": 110.0, "workers_since": 100.0, "world_size": 2},
-        {"attempt": 1, "kind": "checkpoint", "time": 130.0, "duration_s": 4.0},
+        {"attempt": 1, "kind": "started", "time": 110.0, "paid_s": 10.0, "world_size": 2},
+        {"attempt": 1, "kind": "checkpoint", "time": -3500.0, "paid_s": 30.0, "duration_s": 4.0},  # the clock was set
         {"attempt": 2, "kind": "checkpoint_passed_over", "time": 190.0},
-        {"attempt": 2, "kind": "resumed", "time": 200.0, "workers_since": 180.0, "world_size": 3},
-        {"attempt": 3, "kind": "resumed", "time": 300.0, "world_size": 1},  # as it was before this was written down
-        {"attempt": 3, "kind": "stopped", "time": 360.0},
+        {"attempt": 2, "kind": "resumed", "time": 200.0, "paid_s": 20.0, "world_size": 3},
+        {"attempt": 3, "kind": "resumed", "time": 300.0, "paid_s": 0.0, "world_size": 1},
+        {"attempt": 3, "kind": "stopped", "time": 360.0, "paid_s": 60.0},
     )
     # The second died without a word, 40 s of steps after it began.
     write(tmp_path, *({"attempt": 2, "step_time_s": 10.0} for _ in range(4)), name=folder.METRICS)
     found = attempts(tmp_path)
-    assert [(a.since, a.until, a.workers) for a in found] == [(100.0, 130.0, 2), (180.0, 240.0, 3), (300.0, 360.0, 1)]
+    assert [(a.began_s, a.lasted_s, a.workers) for a in found] == [(10.0, 30.0, 2), (20.0, 60.0, 3), (0.0, 60.0, 1)]
     expected_s = 2 * (30 + ENDING_S) + 3 * (60 + ENDING_S) + 60 + ENDING_S
     assert worker_hours_of(found) == pytest.approx(expected_s / HOUR)
     # Another attempt of one worker is ready at once, and keeps 1.5 x 4 s to save, and the time to end.
@@ -260,15 +304,41 @@ def test_attempts_cost_from_their_workers_start_to_their_last_sign_of_life(tmp_p
 
 
 def test_a_process_knows_how_old_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    since = process_start.process_start()
-    assert 0 < time.time() - since < 4000
+    age_s = paid_time.process_age_s()
+    assert 0 < age_s < 4000
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     boot = next(
         int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime")
     )
-    assert since == pytest.approx(boot + ticks / os.sysconf("SC_CLK_TCK"), abs=2.0)
+    assert age_s == pytest.approx(time.time() - boot - ticks / os.sysconf("SC_CLK_TCK"), abs=2.0)
     monkeypatch.setattr(Path, "read_text", lambda self: "no such system")
-    assert since < process_start.process_start() <= time.time()
+    assert 0 <= paid_time.process_age_s() < age_s
+
+
+@pytest.mark.parametrize(
+    ("runtime", "own", "given_before_s", "paid_s"),
+    [
+        ("local", False, 50.0, 0.0),  # a notebook may be days old: its run is paid from the session on
+        ("torchrun", True, 50.0, 1000.0),
+        ("ray", True, 50.0, 50.0),  # a process that Ray had kept ready
+        ("ray", True, 5000.0, 1000.0),
+        ("ray", True, -3600.0, 0.0),  # the clock was put back
+    ],
+)
+def test_workers_are_paid_from_the_start_of_a_process_that_was_started_for_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, own: bool, given_before_s: float, paid_s: float
+) -> None:
+    monkeypatch.setattr(paid_time, "process_age_s", lambda: 1000.0)
+    write(tmp_path, {"attempt": 1, "kind": "fault", "time": 10_000.0 - given_before_s})
+    clock = Clock()
+    worker = Worker(
+        collective=Solo(), device=torch.device("cpu"), brain=None, runtime=runtime, own_process=own, now=clock.now,
+        wall_time=lambda: 10_000.0,
+    )  # fmt: skip
+    paid = paid_time.PaidTime(worker)
+    paid.limit(tmp_path)
+    clock.now_s += 7.0
+    assert paid.now_s == paid_s + 7.0
 
 
 def test_an_attempt_whose_budget_is_used_up_takes_no_step_and_saves(tmp_path: Path) -> None:
