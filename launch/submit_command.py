@@ -116,9 +116,8 @@ def _submit(
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / f"{settings.run.name}.zip"
         found = package.contents(Path.cwd())
-        left = package.left_behind(found)
-        if left is not None:
-            say(left)
+        for line in package.left_behind(found):
+            say(line)
         packed = package.pack(Path.cwd(), settings, found=found, target=target)
         say(f"{Path.cwd()}: {packed.num_files} files, {package.in_bytes(target.stat().st_size)} to send")
         with answering(client):

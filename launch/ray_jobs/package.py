@@ -22,7 +22,13 @@ LARGEST_FILE_BYTES = 100 * 2**20  # data and weights; a module is never that lon
 EXCLUDES = (
     ".git", ".hg", ".svn", ".venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache",
     ".hypothesis", ".ipynb_checkpoints", ".tox", ".nox", "node_modules", "*.egg-info", "/runs", "/wandb", "/mlruns",
-    "/lightning_logs", ".env", ".netrc", f"/{CONFIG_FOLDER}",
+    "/lightning_logs", f"/{CONFIG_FOLDER}",
+)  # fmt: skip
+# What commonly holds passwords, tokens and keys.
+SECRETS = (
+    ".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".npmrc", ".aws", ".azure", ".gcloud", ".ssh",
+    ".ray", ".kube", ".docker", "kubeconfig", "*.kubeconfig", "*.pem", "*.p12", "id_rsa*", "id_dsa*", "id_ecdsa*",
+    "id_ed25519*",
 )  # fmt: skip
 # What a virtual environment holds of its own, where the working directory is one, with the code beside that.
 _ENVIRONMENT = ("/pyvenv.cfg", "/bin", "/include/python*", "/lib/python*", "/lib64")
@@ -31,9 +37,13 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """The files of a directory that travel, and those that stay for their size: bytes by relative path."""
+    """The files of a directory that travel, those that may be secret and those that stay for their size.
+
+    Bytes by relative path. What Git or Ray were told to ignore is in none of them.
+    """
 
     files: Mapping[str, int]
+    secret: Mapping[str, int]
     too_large: Mapping[str, int]
     excludes: tuple[str, ...]  # patterns of all that stays, beyond what Git and Ray were told
 
@@ -66,10 +76,13 @@ def contents(directory: Path) -> Contents:
     environments = [str(Path(name).parent) for name in files if Path(name).name == "pyvenv.cfg"]
     inside = tuple(f"{environment}/" for environment in environments)
     files = {name: size for name, size in files.items() if not name.startswith(inside)}
-    large = {name: size for name, size in files.items() if size > LARGEST_FILE_BYTES}
-    kept = {name: size for name, size in files.items() if name not in large}
+    is_secret = _get_excludes(directory, list(SECRETS))
+    secret = {name: size for name, size in files.items() if is_secret(directory / name)}
+    large = {name: size for name, size in files.items() if size > LARGEST_FILE_BYTES and name not in secret}
+    kept = {name: size for name, size in files.items() if name not in large and name not in secret}
+    excludes += SECRETS
     excludes += [f"/{_literally(name)}" for name in (*environments, *large)]
-    return Contents(files=kept, too_large=large, excludes=tuple(excludes))
+    return Contents(files=kept, secret=secret, too_large=large, excludes=tuple(excludes))
 
 
 def pack(directory: Path, config: RunConfig, *, found: Contents, target: Path) -> Package:
@@ -98,11 +111,17 @@ def pack(directory: Path, config: RunConfig, *, found: Contents, target: Path) -
     return Package(config_path=name, num_files=num_files)
 
 
-def left_behind(found: Contents) -> str | None:
-    """Which files stay for their size, in a line; nothing where there are none."""
-    if not found.too_large:
-        return None
-    return f"not sent, for files above {in_bytes(LARGEST_FILE_BYTES)} stay here: {_largest(found.too_large)}"
+def left_behind(found: Contents) -> list[str]:
+    """Which files stay though nobody said so, in a line for those that may be secret and one for those too large."""
+    lines = []
+    if found.secret:
+        names = sorted(found.secret)
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"not sent, for such files commonly hold secrets: {', '.join(names[:_NAMED])}{more}")
+    if found.too_large:
+        limit = in_bytes(LARGEST_FILE_BYTES)
+        lines.append(f"not sent, for files above {limit} stay here: {_largest(found.too_large)}")
+    return lines
 
 
 def in_bytes(count: int) -> str:

@@ -85,6 +85,32 @@ def test_code_in_a_virtual_environment_travels_without_it(folder: Path, tmp_path
     assert names == {"task.py", "lib/inner.py", "package/bin/tool.py", ".groundswell/run.yaml"}
 
 
+def test_what_commonly_holds_a_secret_stays_and_is_named(folder: Path, tmp_path: Path) -> None:
+    secret = [
+        ".aws/credentials",
+        ".env",
+        ".env.local",
+        ".pypirc",
+        ".ray/auth_token",
+        "deploy/.env.production",
+        "deploy/kubeconfig",
+        "home/.kube/config",
+        "id_rsa",
+        "keys/tls.pem",
+    ]
+    sent = ["environment.py", "keys/__init__.py", "task.py", "tokens.txt"]
+    fill(folder, **dict.fromkeys([*secret, *sent, "ignored.pem"], "x"), **{".gitignore": "ignored*\n"})
+    found = package.contents(folder)
+    assert sorted(found.secret) == secret
+    assert package.left_behind(found) == [
+        "not sent, for such files commonly hold secrets: "
+        ".aws/credentials, .env, .env.local, .pypirc, .ray/auth_token and 5 more"
+    ]
+    with packed(folder, tmp_path) as zipped:
+        names = {name for name in zipped.namelist() if not name.endswith("/")}
+    assert names == {*sent, ".gitignore", ".groundswell/run.yaml"}
+
+
 def test_the_config_that_travels_is_the_one_that_was_checked(folder: Path, tmp_path: Path) -> None:
     with packed(folder, tmp_path) as zipped:
         zipped.extract(".groundswell/run.yaml", tmp_path)
@@ -104,8 +130,7 @@ def test_a_file_of_data_stays_and_is_named(folder: Path, tmp_path: Path, monkeyp
     fill(folder, **{"task.py": "code", "data/train *1.bin": "x" * 1001, "data/small.bin": "x" * 1000})
     found = package.contents(folder)
     assert set(found.files) == {"task.py", "data/small.bin"}
-    said = package.left_behind(found)
-    assert said is not None
+    [said] = package.left_behind(found)
     assert said.endswith("data/ 1001 bytes (of it data/train *1.bin)")
     with packed(folder, tmp_path) as zipped:
         assert {name for name in zipped.namelist() if not name.startswith(".")} == {"task.py", "data/small.bin"}
