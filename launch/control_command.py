@@ -86,10 +86,17 @@ def control_command(
         if address is not None:
             from launch.ray_jobs.errand import give_there
 
-            arguments = ["--timeout", f"{timeout_s:g}"]
+            arguments = []
             for key, value in caps.items():
                 arguments += [f"--{key.replace('_', '-')}", "none" if value is None else str(value)]
-            code = give_there(run, arguments, address=address, order=order, allow_unauthenticated=allow_unauthenticated)
+            code = give_there(
+                run,
+                arguments,
+                timeout_s=timeout_s,
+                address=address,
+                order=order,
+                allow_unauthenticated=allow_unauthenticated,
+            )
             sys.exit(code)
         sys.exit(_give(_folder_of(run, run_dir), order, caps, timeout_s=timeout_s))
     except GroundswellError as error:

@@ -6,12 +6,15 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from launch.cli import main
+from launch.ray_jobs import errand
 
 IN_SHARED = ("--run-dir", "/shared/runs")
 JOB = {
@@ -31,7 +34,7 @@ JOB = {
 
 
 class PlayedHead(http.server.ThreadingHTTPServer):
-    """Answers with the body of the first of its ``pages`` whose path begins so, and with 500 where that is none."""
+    """Answers with the body of the first of its ``pages`` whose path holds that, and with 500 where there is none."""
 
     pages: list[tuple[str, Any]]
     asked: list[str]
@@ -48,7 +51,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(f"{self.command} {self.path}")
         if (length := int(self.headers.get("Content-Length") or 0)) > 0:
             self.rfile.read(length)
-        body = next((body for path, body in self.server.pages if self.path.startswith(path)), None)
+        body = next((body for path, body in self.server.pages if path in self.path), None)
         self.send_response(500 if body is None else 200)
         self.end_headers()
         self.wfile.write(b"the agent of that node is gone" if body is None else json.dumps(body).encode())
@@ -119,3 +122,28 @@ def test_an_order_to_a_head_that_answers_with_an_error_is_refused(played: Played
     refused = ask(played, "control", "mine", "hold")
     assert refused.exit_code == 1
     assert "does not do as asked" in refused.stderr
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_order_that_nobody_waits_for_any_longer_leaves_no_job(
+    played: PlayedHead, interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played.pages += [
+        ("/stop", {"stopped": True}),
+        ("/api/jobs/groundswell-control-hold-", {**JOB, "status": "PENDING"}),
+        ("/api/jobs/", {"submission_id": "groundswell-control-hold-1", "job_id": "groundswell-control-hold-1"}),
+    ]
+
+    def pause(_: float) -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(errand, "time", SimpleNamespace(monotonic=count(0, 20).__next__, sleep=pause))
+    given_up = ask(played, "control", "/shared/runs/mine", "hold", "--timeout", "30")
+    assert given_up.exit_code == 1
+    assert played.asked[-1] == "POST /api/jobs/groundswell-control-hold-1/stop"
+    assert "is told to stop" in given_up.stderr
+    looks = sum(line.startswith("GET /api/jobs/groundswell-control") for line in played.asked)
+    # 30 s for the run and 60 s for the cluster, on a clock that goes on by 20 s from look to look.
+    assert looks == (1 if interrupted else 5)
+    assert ("has not ended 90 s after it was submitted" in given_up.stderr) != interrupted
