@@ -293,7 +293,7 @@ class Session:
         own = self._own(step, reading, scale)
         self._boundary.took(own)
         if self.evaluation_due:
-            self._boundary.settle()
+            self._boundary.settle()  # where a stop may be heard, and no evaluation be due any more
         if self._calibration.is_over(self.samples_seen):
             self._boundary.settle()
             self._calibration.conclude(self._history.journal, step=own.step, samples_seen=self.samples_seen)
@@ -311,10 +311,14 @@ class Session:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the step just finished is one after which the config asks for an evaluation."""
+        """Whether the step just finished is one after which the config asks for an evaluation.
+
+        Once a stop was heard there is none but the last one: who stops a run may give it no time for more.
+        """
         finished = self._step is not None and self._step.finished and not self.on_branch
         state = self._course.state
-        return finished and (state.is_over or state.passed(self.config.evaluation.every_samples))
+        due = state.passed(self.config.evaluation.every_samples) and not self._boundary.stops
+        return finished and (state.is_over or due)
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Within it the model has the averaged weights of ``train.ema_half_life_samples``, for an evaluation::
@@ -334,10 +338,18 @@ class Session:
 
     @property
     def curvature_due(self) -> bool:
-        """Whether the step just finished is one after which the config asks for the Hessian-weighted noise scale."""
+        """Whether the step just finished is one after which the config asks for the Hessian-weighted noise scale.
+
+        None once a stop was heard.
+        """
         finished = self._step is not None and self._step.finished and not self._curvature.is_refused
         state = self._course.state
-        return finished and not self.on_branch and state.passed(self.config.measure.curvature_every_samples)
+        return (
+            finished
+            and not self._boundary.stops
+            and not self.on_branch
+            and state.passed(self.config.measure.curvature_every_samples)
+        )
 
     def measure_curvature(self, loss_of: LossOf) -> CurvatureStats | None:
         """Collective. Measure it, on the training set in an order of its own, and write it down as an event.

@@ -60,6 +60,11 @@ class Boundary:
         """Whether no further step begins here."""
         return self._state.is_over or self._stopped is not None
 
+    @property
+    def stops(self) -> bool:
+        """Whether a stop was heard, the same on all ranks."""
+        return self._asked.stop or self._stopped is not None
+
     def took(self, step: OwnStep) -> None:
         """Collective. A step of the run was taken."""
         self._hear(self._exchange.add(step, stop=self._wants_stop))

@@ -377,6 +377,34 @@ def test_evaluation_is_due_in_samples_and_at_the_end(tmp_path: Path) -> None:
     assert all(row["accuracy"] == 0.5 and row["odd"] is None for row in rows)
 
 
+@pytest.mark.parametrize(("stop_at", "expected"), [(3, [64]), (4, [64, 128])])
+def test_no_evaluation_takes_the_time_of_a_stop_that_was_heard_but_the_last(
+    tmp_path: Path, stop_at: int, expected: list[int]
+) -> None:
+    due, curved = [], []
+    settings = config(
+        tmp_path,
+        train={"samples": 128},
+        evaluation={"every_samples": 32},
+        measure={"curvature_every_samples": 32},
+        checkpoint={"every_samples": 32},
+    )
+    with session_of(settings) as session:
+        for step in session:
+            for samples in step:
+                session.backward(cross_entropy(session.model, samples))
+            if session.step_number == stop_at - 1:
+                session.request_stop("enough")
+            session.step()
+            if session.evaluation_due and session.step_number % 2 == 0:
+                due.append(session.samples_seen)
+            if session.curvature_due:
+                curved.append(session.samples_seen)
+    assert session.step_number == stop_at
+    assert due == expected  # the run's last belongs to its end
+    assert curved == [32, 64, 96][: stop_at - 1]
+
+
 def test_a_stop_file_stops_after_the_step_at_hand_with_a_checkpoint_and_is_gone_after(tmp_path: Path) -> None:
     request = tmp_path / "run" / folder.STOP_REQUEST
     with session_of(config(tmp_path)) as session:
