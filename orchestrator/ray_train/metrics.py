@@ -49,8 +49,8 @@ WANTED, PRESENT = "groundswell_workers_wanted", "groundswell_workers_present"
 OTHER_GAUGES: Mapping[str, str] = {
     VERDICT: "1 for what the noise estimate is worth, 0 for the other values of the tag verdict",
     CHECKPOINT: "Unix time of the newest checkpoint; its age is time() less this",
-    USED: "of the run's budget; absent without one",
-    LEFT: "of the run's budget; absent without one",
+    USED: "of the run's budget, as of its last tenth; absent before the first, and without a budget",
+    LEFT: "of the run's budget, as of its last tenth; absent before the first, and without a budget",
     WANTED: "workers that the controller asks the cluster for",
     PRESENT: "workers that train; 0 while none do",
 }
