@@ -16,7 +16,7 @@ from orchestrator.runtime.trackers import Note, dropped
 
 _CAPACITY = 1000  # lines
 _PATIENCE_S = 10.0  # for what is still queued when a process ends and the run goes on, as in a resize, which waits
-_LAST_PATIENCE_S = 30.0  # the same at the run's end
+LAST_PATIENCE_S = 30.0  # the same at the run's end
 
 _Kind = Literal["step", "event", "evaluation", "groups"]
 
@@ -47,7 +47,7 @@ class QueuedTracker:
         now: Callable[[], float],
         capacity: int = _CAPACITY,
         patience_s: float = _PATIENCE_S,
-        last_patience_s: float = _LAST_PATIENCE_S,
+        last_patience_s: float = LAST_PATIENCE_S,
     ) -> None:
         self.name = name
         self._make = make

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -65,12 +66,19 @@ class Trackers:
         return said
 
     def close(self) -> None:
+        """All at once, so that two that do not answer take no longer than one."""
         live, self._live = self._live, []
-        for tracker in live:
-            try:
-                tracker.close()
-            except Exception as error:
-                self.say(dropped(tracker.name, error))
+        threads = [threading.Thread(target=self._close, args=(tracker,), daemon=True) for tracker in live]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _close(self, tracker: Tracker) -> None:
+        try:
+            tracker.close()
+        except Exception as error:
+            self.say(dropped(tracker.name, error))
 
 
 def dropped(name: str, error: BaseException | str) -> Note:

@@ -10,7 +10,8 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, Problem
 from orchestrator.runtime import folder
 from orchestrator.runtime.mlflow_tracker import MlflowTracker
-from orchestrator.runtime.queued_tracker import QueuedTracker, ServiceTracker
+from orchestrator.runtime.queued_tracker import LAST_PATIENCE_S, QueuedTracker, ServiceTracker
+from orchestrator.runtime.spending import ENDING_S
 from orchestrator.runtime.trackers import Trackers
 from orchestrator.runtime.wandb_tracker import WandbTracker
 
@@ -40,9 +41,14 @@ def follow(trackers: Trackers, config: RunConfig, path: Path, *, now: Callable[[
     """Add the services of ``config`` to ``trackers``; those that an earlier attempt began with go on with its run."""
     known = {row["tracker"]: row["run_id"] for row in folder.rows(path / folder.EVENTS) if row["kind"] == "tracking"}
 
+    # The workers wait with rank zero, and a budget keeps back no more than this for their end.
+    last_patience_s = LAST_PATIENCE_S if config.budget.limit_worker_hours is None else min(LAST_PATIENCE_S, ENDING_S)
+
     def add(name: str, make: Callable[[], ServiceTracker]) -> None:
         every_s = config.tracking.every_s
-        trackers.add(QueuedTracker(name, make, say=trackers.say, every_s=every_s, now=now))
+        trackers.add(
+            QueuedTracker(name, make, say=trackers.say, every_s=every_s, now=now, last_patience_s=last_patience_s)
+        )
 
     if config.tracking.mlflow_experiment is not None:
         add("mlflow", lambda: MlflowTracker(config, run_id=known.get("mlflow")))

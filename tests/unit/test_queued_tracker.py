@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.runtime import folder, tracking
 from orchestrator.runtime.queued_tracker import QueuedTracker
+from orchestrator.runtime.trackers import Trackers
+from tests.support import config
 
 PATIENCE_S = 20.0
 
@@ -162,3 +166,25 @@ def test_a_service_that_hangs_holds_the_end_up_only_for_its_patience(kind: str) 
     tracker._thread.join(PATIENCE_S)
     assert service.taken == [("event", 0)]  # nothing after it was given up
     assert len(said) == 2
+
+
+def test_services_that_hang_do_not_hold_the_end_of_a_run_up_beyond_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = [Service(), Service()]
+    monkeypatch.setattr(tracking, "ENDING_S", 1.0)
+    monkeypatch.setattr(tracking, "MlflowTracker", lambda *_, **__: services[0])
+    monkeypatch.setattr(tracking, "WandbTracker", lambda *_, **__: services[1])
+    followed = config(
+        tmp_path, tracking={"mlflow_experiment": "one", "wandb_project": "two"}, budget={"worker_hours": 1.0}
+    )
+    trackers = Trackers()
+    tracking.follow(trackers, followed, tmp_path, now=time.monotonic)
+    trackers.take(folder.EVENTS, [row(0, "stopped")])
+    began_s = time.monotonic()
+    trackers.close()
+    assert 0.9 < time.monotonic() - began_s < 1.9  # one after another it would be 2 s
+    dropped = [note for note in trackers.notes() if note["kind"] == "tracker_dropped"]
+    assert sorted(note["tracker"] for note in dropped) == ["mlflow", "wandb"]
+    for service in services:
+        service.open.set()
