@@ -6,10 +6,14 @@ the cluster gives the same order from there.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import click
@@ -121,21 +125,43 @@ def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s
         raise RunFolderError(f"{path} is not running: it has {ended}")
     if not folder.is_written(path):
         say(f"{path} is written by no process now; an attempt that begins within {timeout_s:g} s will answer")
-    request = write_request(path, order, caps=caps)
-    try:
-        until_s = time.monotonic() + timeout_s
-        while (answer := _answer(path, request)) is None and time.monotonic() < until_s:
-            time.sleep(_LOOK_EVERY_S)
-    finally:
-        withdraw_request(path, request)
+    withdrawn = False
+    with _signals_unwind():
+        request = write_request(path, order, caps=caps, timeout_s=timeout_s)
+        try:
+            until_s = time.monotonic() + timeout_s
+            while (answer := _answer(path, request)) is None and time.monotonic() < until_s:
+                time.sleep(_LOOK_EVERY_S)
+        finally:
+            withdrawn = withdraw_request(path, request)
+    answer = answer or _answer(path, request)
     if answer is None:
         running = (
             "it is running, and may be in a long step or evaluation" if folder.is_written(path) else "it is not running"
         )
-        raise RunFolderError(f"no answer from {path} within {timeout_s:g} s: {running}; the order was withdrawn")
+        became = "the order was withdrawn" if withdrawn else "the order was taken, and is not done yet"
+        raise RunFolderError(f"no answer from {path} within {timeout_s:g} s: {running}; {became}")
     at = f"step {answer['step']}, {answer['samples_seen']:,} samples"
     say(f"{order}{'' if answer['accepted'] else ' refused'} ({at}): {answer['reason']}", error=not answer["accepted"])
     return 0 if answer["accepted"] else _EXIT_REFUSED
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """A signal that ends this process withdraws the order first, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _answer(path: Path, request: str) -> dict[str, Any] | None:

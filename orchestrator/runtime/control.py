@@ -1,12 +1,14 @@
 """Rank zero's desk for orders: requests are looked for at every exchange, and each is answered by an event.
 
 They are taken in the order of their names, and removed once they are answered: one that a crash left unanswered is
-taken again by the next attempt. The event holds what the controller was told, so that a replay tells it the same.
+taken again by the next attempt, unless nobody waits for it any more. The event holds what the controller was told, so
+that a replay tells it the same.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +19,7 @@ from orchestrator.core.controller import Rules
 from orchestrator.ports import Brain
 from orchestrator.runtime import folder
 from orchestrator.runtime.brain import STATE_TYPES
-from orchestrator.runtime.control_requests import CONTROL, SUFFIX, Order, Request, read_request
+from orchestrator.runtime.control_requests import CONTROL, SUFFIX, TAKEN, Order, Request, read_request, take_request
 from orchestrator.runtime.journal import Journal, Moment
 from orchestrator.types import ApplyPlan, Ordered, Orders
 
@@ -103,11 +105,12 @@ class ControlDesk:
     def _requests(self, at: Moment) -> Iterator[Request]:
         """Those that came since; what is none is set aside, and said."""
         try:
-            names = sorted(name for name in os.listdir(self._place) if name.endswith(SUFFIX))
+            names = sorted(name for name in os.listdir(self._place) if name.endswith((SUFFIX, TAKEN)))
         except OSError:  # no order was ever given, or the storage is away for a moment
             return
         for name in names:
-            id, path = name.removesuffix(SUFFIX), Path(self._place, name)
+            path = Path(self._place, name)
+            id = path.stem
             if id in self._seen:
                 continue
             try:
@@ -120,7 +123,14 @@ class ControlDesk:
                 self._seen.add(id)
                 self._event(id, None, f"{name} is no request and was set aside: {error}", at, accepted=False)
                 continue
+            if path.suffix == SUFFIX and not take_request(path):
+                continue
             self._seen.add(id)
+            late_s = 0.0 if request.expires_s is None else time.time() - request.expires_s
+            if late_s > 0:
+                self._event(id, request.order, f"nobody has waited for it for {late_s:.0f} s", at, accepted=False)
+                self._remove(id)
+                continue
             yield request
 
     def _judge(self, request: Request) -> Orders | str:
@@ -161,5 +171,6 @@ class ControlDesk:
         )
 
     def _remove(self, request: str) -> None:
-        with suppress(OSError):
-            Path(self._place, f"{request}{SUFFIX}").unlink(missing_ok=True)
+        for suffix in (SUFFIX, TAKEN):
+            with suppress(OSError):
+                Path(self._place, f"{request}{suffix}").unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from click.testing import CliRunner, Result
 from launch.cli import main
 from orchestrator.config import RunConfig
 from orchestrator.runtime import folder
-from orchestrator.runtime.checkpoints import verify
+from orchestrator.runtime.checkpoints import CheckpointStore, verify
 from orchestrator.runtime.control_requests import CONTROL
 from orchestrator.runtime.replay import recomputed, recorded
 from orchestrator.runtime.worker import local_worker
@@ -179,6 +181,47 @@ def test_what_is_no_request_is_set_aside_and_the_run_goes_on(tmp_path: Path) -> 
             f"{number}.refused" for number in range(len(bad))
         )
         assert order(run, "hold").exit_code == 0
+
+
+def test_an_order_that_was_taken_is_not_said_to_be_withdrawn_and_one_that_nobody_waits_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = CheckpointStore.save
+    slow_from_here: list[float] = []
+
+    def slow(store: CheckpointStore, *args: Any, **more: Any) -> Path:
+        time.sleep(1.5 if slow_from_here else 0.0)
+        return save(store, *args, **more)
+
+    monkeypatch.setattr(CheckpointStore, "save", slow)
+    with running(config(tmp_path)) as run:
+        (run / CONTROL).mkdir(exist_ok=True)
+        (run / CONTROL / "1-a.json").write_text(json.dumps({"order": "stop", "expires_s": time.time() - 60}))
+        (run / CONTROL / "1-b.taken").write_text(json.dumps({"order": "hold", "expires_s": time.time() - 60}))
+        until(lambda: len(answers(run)) == 2)
+        assert [(row["request"], row["accepted"], row["held"]) for row in answers(run)] == [
+            ("1-a", False, False),
+            ("1-b", False, False),
+        ]
+        assert all("nobody has waited for it" in row["reason"] for row in answers(run))
+        slow_from_here.append(1.0)
+        late = order(run, "checkpoint", "--timeout", "0.8")
+        assert late.exit_code == 1
+        assert "the order was taken, and is not done yet" in late.output
+        until(lambda: answers(run)[-1]["order"] == "checkpoint")
+        assert list((run / CONTROL).iterdir()) == []
+
+
+def test_a_command_that_is_ended_withdraws_its_order(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / folder.EVENTS).write_text(json.dumps({"attempt": 1, "kind": "started"}) + "\n")
+    command = [sys.executable, "-m", "launch.cli", "control", str(run), "stop"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[2])
+    until(lambda: list(run.glob(f"{CONTROL}/*.json")) != [])
+    process.terminate()
+    assert process.wait(30) == 143
+    assert list((run / CONTROL).iterdir()) == []
 
 
 def test_a_run_that_is_not_running_says_so_and_keeps_no_order(tmp_path: Path) -> None:
