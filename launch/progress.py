@@ -127,13 +127,16 @@ class Progress:
         if kind == "checkpoint":
             self.checkpoint = event
             return None
-        if kind in ("plan", "outcome", "advice"):  # the advice is the end's to tell
+        if kind == "plan":
+            self._batch = event["global_batch"]  # also one that was decided before a resize, and takes effect after
+            return None
+        if kind in ("outcome", "advice"):  # the advice is the end's to tell
             return None
         if kind == "resize":
             return f"workers {event['from_workers']} -> {event['to_workers']}{at}: {reason}"
         if kind == "workers_wanted":
             # Only Ray brings them; elsewhere the wish is noted, and that is all.
-            return f"{event['num_workers']} workers wanted: {reason}" if self._runtime == "ray" else None
+            return f"{counted(event['num_workers'], 'worker')} wanted: {reason}" if self._runtime == "ray" else None
         if kind == "control":
             return self._take_control(event, at)
         if kind == "fault":

@@ -111,7 +111,6 @@ def run_command(
         path = run_folder(settings)
         if auto_resume:
             resume = resume or folder.exists(path)
-            _wait_for_others(path)
         code = run(
             settings,
             runtime=runtime,
@@ -120,6 +119,7 @@ def run_command(
             command=shlex.join(command) if log_format == "text" else None,
             log_format=log_format,
             head_patience_s=head_patience_s,
+            waits_for_others=auto_resume,
         )
     except GroundswellError as error:
         say(str(error), error=True)
@@ -140,6 +140,7 @@ def run(
     command: str | None,
     log_format: str = "text",
     head_patience_s: float = HEAD_PATIENCE_S,
+    waits_for_others: bool = False,
 ) -> int:
     """Train ``settings`` and return the exit code.
 
@@ -163,6 +164,33 @@ def run(
     if silence is not None:
         say(f"{silence}; start a head with ray start --head, or name its address", error=True)
         return EXIT_REFUSED
+    with folder.launching(path):
+        if waits_for_others:
+            _wait_for_others(path)
+        return _train(
+            settings,
+            path,
+            runtime=runtime,
+            resume=resume,
+            address=address,
+            command=command,
+            rows=rows,
+            head_patience_s=head_patience_s,
+        )
+
+
+def _train(
+    settings: RunConfig,
+    path: Path,
+    *,
+    runtime: str,
+    resume: bool,
+    address: str,
+    command: str | None,
+    rows: JsonRows | None,
+    head_patience_s: float,
+) -> int:
+    speak = say if rows is None else rows.tell
     speak(f"{settings.run.name}: task {settings.task.name}, runtime {runtime}, folder {path}")
     if runtime == "local" and settings.workers.initial > 1:
         speak(f"workers.initial is {settings.workers.initial}; --runtime local trains with this process alone")

@@ -63,7 +63,7 @@ def ceiling(orders: Orders) -> Ceiling | None:
     """On the workers that are asked for."""
     if orders.max_workers is None:
         return None
-    return Ceiling(workers=orders.max_workers, reason=f"at most {orders.max_workers} workers by order")
+    return Ceiling(workers=orders.max_workers, reason=f"workers at most {orders.max_workers} by order")
 
 
 def sentence(orders: Orders) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, final
 
@@ -25,6 +25,7 @@ LEDGER = "ledger.jsonl"
 CONFIG = "config.yaml"
 STOP_REQUEST = "stop.request"
 LOCK = ".lock"
+LAUNCHER_LOCK = ".launcher.lock"
 
 PATIENCE_S = 10.0  # for an attempt that has just ended to let go
 
@@ -65,12 +66,31 @@ class RunWriter:
         self._lock.release()
 
 
-def take_lock(folder: Path, *, patience_s: float) -> FileLock:
+@contextmanager
+def launching(folder: Path) -> Iterator[None]:
+    """Be the only command that trains the run in ``folder``, which is made where it is not there.
+
+    The writer's lock is free while workers are started anew, and another command would take the run over then. Raises
+    ``RunFolderError`` at once if another one trains it.
+    """
+    make(folder)
+    lock = take_lock(folder, patience_s=0, name=LAUNCHER_LOCK)
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [LAUNCHER_LOCK]:  # nothing was begun, and nothing stays
+            with suppress(OSError):
+                (folder / LAUNCHER_LOCK).unlink()
+                folder.rmdir()
+        lock.release()
+
+
+def take_lock(folder: Path, *, patience_s: float, name: str = LOCK) -> FileLock:
     """The folder's lock, to be released; not held where the storage knows none.
 
     Raises ``RunFolderError`` if another process holds it for longer than ``patience_s``.
     """
-    lock = FileLock(folder / LOCK, timeout=patience_s, thread_local=False)
+    lock = FileLock(folder / name, timeout=patience_s, thread_local=False)
     try:
         lock.acquire()
     except Timeout:

@@ -95,7 +95,16 @@ def test_advice_is_told_when_it_changes(run: Run) -> None:
 @pytest.mark.parametrize("kind", ["plan", "checkpoint", "finished", "stopped"])
 def test_what_follows_from_something_else_is_not_told(run: Run, kind: str) -> None:
     run.event("started")
-    assert run.event(kind) == []
+    assert run.event(kind, global_batch=64) == []
+
+
+def test_a_growth_is_told_from_the_batch_that_was_trained_last(run: Run) -> None:
+    run.event("started")
+    run.event("decision", target_batch=64, reason="more", effective_step=9)
+    run.event("resumed")  # before that took effect
+    run.event("plan", global_batch=64)
+    more = run.event("decision", target_batch=128, reason="more", effective_step=19)
+    assert more == ["batch 64 -> 128 at 1,024 samples: more"]
 
 
 def test_nothing_is_lost_by_an_end_that_was_said_or_that_came_right_after_a_checkpoint(run: Run) -> None:

@@ -27,6 +27,7 @@ from launch.cli import main
 from launch.ledger_command import ledger_group
 from launch.run_command import run
 from orchestrator.config import RunConfig
+from orchestrator.errors import RunFolderError
 from orchestrator.runtime import folder
 from tests import support
 
@@ -141,6 +142,17 @@ def test_auto_resume_waits_for_those_who_still_write_the_folder(
     assert f"{run_folder} is still being written" in done.output
     assert events(tmp_path)[-1]["samples_seen"] == 1280
     assert not folder.is_written(run_folder)
+
+
+def test_a_second_command_is_refused_at_once_also_while_nobody_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(config(tmp_path)) == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+    with folder.launching(tmp_path / "run"), pytest.raises(RunFolderError, match="being written by another process"):
+        start(config(tmp_path, train={"samples": 1280}), resume=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()} == before
+    assert "task tests.launch" not in capsys.readouterr().out.split("Decisions")[-1]
 
 
 def test_auto_resume_begins_and_goes_on_by_one_command(tmp_path: Path) -> None:

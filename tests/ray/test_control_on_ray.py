@@ -71,7 +71,7 @@ def operate(run: Path, failed: list[BaseException]) -> None:
         resize = until(lambda: events(run, "resize"))[0]
         assert (resize["from_workers"], resize["to_workers"]) == (2, 1)
         wanted = events(run, "workers_wanted")[-1]
-        assert (wanted["num_workers"], wanted["reason"]) == (1, "at most 1 workers by order")
+        assert (wanted["num_workers"], wanted["reason"]) == (1, "workers at most 1 by order")
         order(run, "stop")
     except BaseException as error:
         failed.append(error)
