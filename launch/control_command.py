@@ -123,7 +123,7 @@ def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s
     ended = _ended(path)
     if ended is not None:
         raise RunFolderError(f"{path} is not running: it has {ended}")
-    if not folder.is_written(path):
+    if folder.is_written(path) is False:
         say(f"{path} is written by no process now; an attempt that begins within {timeout_s:g} s will answer")
     withdrawn = False
     with _signals_unwind():
@@ -136,9 +136,11 @@ def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s
             withdrawn = withdraw_request(path, request)
     answer = answer or _answer(path, request)
     if answer is None:
-        running = (
-            "it is running, and may be in a long step or evaluation" if folder.is_written(path) else "it is not running"
-        )
+        running = {
+            True: "it is running, and may be in a long step or evaluation",
+            False: "it is not running",
+            None: "whether it is running is not known, for its storage knows no locks",
+        }[folder.is_written(path)]
         became = "the order was withdrawn" if withdrawn else "the order was taken, and is not done yet"
         raise RunFolderError(f"no answer from {path} within {timeout_s:g} s: {running}; {became}")
     at = f"step {answer['step']}, {answer['samples_seen']:,} samples"

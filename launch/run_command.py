@@ -35,6 +35,7 @@ from orchestrator.runtime.tracking import check_libraries
 
 _LOCAL_CLUSTER = "local"
 _OTHERS_END_S = 180.0
+_QUIET_S = 30.0  # where the storage knows no locks, a run that wrote nothing for so long is taken for ended
 
 
 @click.command("run")
@@ -274,12 +275,18 @@ def _conclude(path: Path, job: Job, progress: Progress, *, command: str | None, 
 
 def _wait_for_others(path: Path) -> None:
     """Let workers of an attempt that was cut off from its head come to their end, which takes them a minute or two."""
-    if not folder.is_written(path):
+    if not seems_written(path):
         return
     say(f"{path} is still being written, perhaps by workers whose cluster died: waiting up to {_OTHERS_END_S:g} s")
     until_s = time.monotonic() + _OTHERS_END_S
-    while folder.is_written(path) and time.monotonic() < until_s:
+    while seems_written(path) and time.monotonic() < until_s:
         time.sleep(1.0)
+
+
+def seems_written(path: Path) -> bool:
+    """Whether a process writes the run, by its lock, or by its last line where the storage knows no locks."""
+    written = folder.is_written(path)
+    return folder.quiet_s(path) < _QUIET_S if written is None else written
 
 
 def _say_resume(path: Path, command: str | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,8 +109,8 @@ def exists(folder: Path) -> bool:
     return (folder / EVENTS).exists()
 
 
-def is_written(folder: Path) -> bool:
-    """Whether a process writes the run in ``folder``, as far as the storage knows locks."""
+def is_written(folder: Path) -> bool | None:
+    """Whether a process writes the run in ``folder``; ``None`` where the storage knows no locks, which would say so."""
     if not folder.exists():
         return False
     try:
@@ -118,7 +119,13 @@ def is_written(folder: Path) -> bool:
     except Timeout:
         return True
     except (OSError, NotImplementedError):
-        return False
+        return None
+
+
+def quiet_s(folder: Path) -> float:
+    """How long ago a line was written, by the time of day; infinite where none was."""
+    times = [path.stat().st_mtime for path in (folder / EVENTS, folder / METRICS) if path.exists()]
+    return time.time() - max(times, default=-math.inf)
 
 
 def check(folder: Path, *, resume: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from launch.cli import main
+from launch.run_command import seems_written
 from orchestrator.config import RunConfig
 from orchestrator.runtime import folder
 from orchestrator.runtime.checkpoints import CheckpointStore, verify
@@ -224,7 +226,7 @@ def test_a_command_that_is_ended_withdraws_its_order(tmp_path: Path) -> None:
     assert list((run / CONTROL).iterdir()) == []
 
 
-def test_a_run_that_is_not_running_says_so_and_keeps_no_order(tmp_path: Path) -> None:
+def test_a_run_that_is_not_running_says_so_and_keeps_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path, train={"samples": 800})
     train(settings, local_worker(settings), resume=False)
     run = tmp_path / "run"
@@ -239,6 +241,20 @@ def test_a_run_that_is_not_running_says_so_and_keeps_no_order(tmp_path: Path) ->
     assert "no answer" in done.output
     assert "it is not running" in done.output
     assert list((run / CONTROL).iterdir()) == []
+
+    def unknown(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(folder.FileLock, "acquire", unknown)
+    assert folder.is_written(run) is None
+    done = order(run, "hold", "--timeout", "0.2")
+    assert "written by no process" not in done.output
+    assert "whether it is running is not known" in done.output
+    # Then --auto-resume goes by the time of the last line.
+    assert seems_written(run)
+    for name in (folder.EVENTS, folder.METRICS):
+        os.utime(run / name, (time.time() - 60, time.time() - 60))
+    assert not seems_written(run)
 
 
 @pytest.mark.parametrize(
