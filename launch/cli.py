@@ -32,7 +32,12 @@ def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> N
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Say it and exit."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
 )
 def main() -> None:
     """Train PyTorch models with a global batch that grows with the measured gradient noise scale.

@@ -13,7 +13,7 @@ from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.errors import ConfigError
 
 
-@click.group(name="config")
+@click.group(name="config", short_help="Check, print or list configs.")
 def config_group() -> None:
     """Check, print or list configs; nothing is started."""
 

@@ -43,7 +43,7 @@ class _Cap(click.ParamType):
         return number
 
 
-@click.command("control")
+@click.command("control", short_help="Give an order to a running job.")
 @click.argument("run")
 @click.argument("order", type=click.Choice(["hold", "release", "cap", "checkpoint", "stop"]))
 @click.option("--max-batch", type=_Cap(), help="For cap: the batch in samples; none lifts the cap.")
@@ -70,10 +70,10 @@ def control_command(
 
     \b
     hold        the batch stays, and no other number of workers is asked for
-    release     ends the hold
-    cap         no larger batch, no more workers than given; less from the next decision on
+    release     ends the hold; a cap is lifted by cap --max-batch none
+    cap         no larger batch, no more workers than given
     checkpoint  saves after the step at hand, and says where
-    stop        saves and ends, with exit code 0; groundswell run --resume goes on
+    stop        saves and ends with exit code 0; run --resume goes on
     \b
     Exit codes: 0 done, 1 refused or no answer, 2 not understood.
     """

@@ -31,7 +31,7 @@ class Finding:
     fix: str | None = None
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check versions, devices, Ray and disk.")
 @click.option(
     "--address", default="local", show_default=True, metavar="ADDRESS", help="Ray cluster to try; local starts one."
 )

@@ -48,7 +48,7 @@ def _on_a_cluster(command: Callable[..., int]) -> Callable[..., None]:
     return wrapped
 
 
-@click.command("status")
+@click.command("status", short_help="Say where a submitted run is.")
 @click.argument("run")
 @_on_a_cluster
 def status_command(client: JobSubmissionClient, *, run: str) -> int:
@@ -74,7 +74,7 @@ def status_command(client: JobSubmissionClient, *, run: str) -> int:
     return 0
 
 
-@click.command("logs")
+@click.command("logs", short_help="Show what a submitted run says.")
 @click.argument("run")
 @click.option("--follow", "follow_it", is_flag=True, help="Go on until the run ends; Ctrl-C leaves it running.")
 @click.option("--raw", is_flag=True, help="Print the job's log as it is.")
@@ -96,7 +96,7 @@ def logs_command(client: JobSubmissionClient, *, run: str, follow_it: bool, raw:
     return 0
 
 
-@click.command("stop")
+@click.command("stop", short_help="Save and stop a submitted run.")
 @click.argument("run")
 @_on_a_cluster
 def stop_command(client: JobSubmissionClient, *, run: str) -> int:
@@ -137,7 +137,7 @@ def stop_command(client: JobSubmissionClient, *, run: str) -> int:
     return 0
 
 
-@click.command("list")
+@click.command("list", short_help="List the runs that were submitted.")
 @_on_a_cluster
 def list_command(client: JobSubmissionClient) -> int:
     """List the runs that were submitted to a cluster, the newest first."""

@@ -10,7 +10,7 @@ import click
 from orchestrator.errors import GroundswellError
 
 
-@click.command("plot")
+@click.command("plot", short_help="Draw a run.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("-o", "output", type=click.Path(path_type=Path), help="An .svg or .png file (RUN/picture.svg).")
 def plot_command(run: Path, output: Path | None) -> None:

@@ -25,7 +25,7 @@ _PRECISION = 0.1
 _PLAIN_WIDTH = 120  # columns, where no terminal says its own
 
 
-@click.command("probe")
+@click.command("probe", short_help="Measure the noise scale, train nothing.")
 @click.argument("config")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="A run's folder, or a checkpoint's.")
 @click.option(

@@ -38,7 +38,7 @@ _OTHERS_END_S = 180.0
 _QUIET_S = 30.0  # where the storage knows no locks, a run that wrote nothing for so long is taken for ended
 
 
-@click.command("run")
+@click.command("run", short_help="Train a config.")
 @click.argument("config")
 @options.overrides
 @options.no_plugins
@@ -93,9 +93,12 @@ def run_command(
     """Train CONFIG: a path, or the name of a bundled config (groundswell config list).
 
     \b
-    Ctrl-C stops after the step at hand, saves, and prints the command that goes on.
-    Exit codes: 0 finished, or ended as planned by its budget or by order (groundswell control); 130 stopped by a
-    signal, 1 failed, 2 refused before it started.
+    Ctrl-C finishes the step, saves, and prints the command that goes on.
+    Exit codes:
+      0    finished, or ended as planned: by its budget or by order
+      130  stopped by a signal; --resume goes on
+      1    failed
+      2    refused before it started
     """
     if runtime != "ray" and address != _LOCAL_CLUSTER:
         raise click.UsageError(f"--address names a Ray cluster, which --runtime {runtime} does not use")

@@ -33,7 +33,7 @@ ADDRESS = click.option(
 )
 
 
-@click.command("submit")
+@click.command("submit", short_help="Train as a job of a Ray cluster.")
 @click.argument("config")
 @options.overrides
 @options.no_plugins
@@ -64,8 +64,12 @@ def submit_command(
 
     \b
     A run that exists there goes on from its newest whole checkpoint.
-    Exit codes: 0 submitted, or with --follow finished or ended as planned (by its budget or by order), 130 stopped,
-    1 failed, 2 refused, 3 left running by Ctrl-C.
+    Exit codes:
+      0    submitted; with --follow finished, or ended as planned
+      130  stopped
+      1    failed
+      2    refused
+      3    left running by Ctrl-C
     """
     try:
         settings = load_config(

@@ -68,7 +68,7 @@ def _print_slurm_script(context: click.Context, _: click.Parameter, asked: bool)
         context.exit()
 
 
-@click.command("torchrun")
+@click.command("torchrun", short_help="Train on nodes that may come and go.")
 @click.argument("config")
 @options.overrides
 @options.no_plugins
@@ -126,7 +126,11 @@ def torchrun_command(
     \b
     Nodes may come and go within --nnodes MIN:MAX; the batch stays, and is shared out anew.
     SIGTERM and Ctrl-C save, and take this node out; a second Ctrl-C ends at once.
-    Exit codes: 0 finished, or ended by its budget; 130 stopped, 1 failed, 2 refused before it started.
+    Exit codes:
+      0    finished, or ended as planned: by its budget or by order
+      130  stopped by a signal; --resume goes on
+      1    failed
+      2    refused before it started
     """
     if nnodes[1] > 1 and (rdzv_endpoint is None or rdzv_id is None):
         raise click.UsageError(

@@ -193,7 +193,7 @@ def _redis_rules(manifest: Any, spec: Any, path: Path) -> Iterator[Finding]:
     taken = {"redis-password": "redisPassword", "redis-username": "redisUsername"}
     for param, field in taken.items():
         if params.get(param) and (enabled or param == "redis-username"):
-            rule = f"belongs into gcsFaultToleranceOptions.{field}"
+            rule = f"belongs in gcsFaultToleranceOptions.{field}"
             where = (*path, "headGroupSpec", "rayStartParams", param)
             yield Finding(path=where, rule=rule, fix="move it there")
     for name, field in (("REDIS_PASSWORD", "redisPassword"), ("RAY_REDIS_ADDRESS", "redisAddress")):

@@ -56,7 +56,7 @@ def _on_a_config(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("config")(options.overrides(_kind(_refusals(command))))
 
 
-@click.group(name="k8s")
+@click.group(name="k8s", short_help="Run on Kubernetes with KubeRay.")
 def k8s_group() -> None:
     """Run on a Kubernetes cluster with the KubeRay operator, as the config's section cluster says."""
 

@@ -26,7 +26,7 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _PATIENCE_S = 10.0
 _HOW_TO_AUTHENTICATE = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (ray get-auth-token prints it "
-    "on the head); a token never belongs into a config or a command line"
+    "on the head); a token never belongs in a config or a command line"
 )
 
 
