@@ -111,11 +111,11 @@ def control_command(
 def _folder_of(run: str, run_dir: str) -> Path:
     below = Path(run_dir).expanduser() / run
     for path in (Path(run), below):
-        if folder.exists(path):
+        if folder.exists(path) or (path / folder.LAUNCHER_LOCK).exists():  # begun, or about to begin
             return path
+    seen = f"{run} is not" if Path(run).is_absolute() else f"neither {run} nor {below} is"
     raise RunFolderError(
-        f"neither {run} nor {below} is the folder of a run; give the folder, or say with --run-dir where "
-        "the run of that name is"
+        f"{seen} the folder of a run; give the folder, or say with --run-dir where the run of that name is"
     )
 
 
@@ -124,7 +124,7 @@ def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s
     if ended is not None:
         raise RunFolderError(f"{path} is not running: it has {ended}")
     if folder.is_written(path) is False:
-        say(f"{path} is written by no process now; an attempt that begins within {timeout_s:g} s will answer")
+        say(f"no worker of {path} trains at the moment; workers that begin within {timeout_s:g} s will answer")
     withdrawn = False
     with _signals_unwind():
         request = write_request(path, order, caps=caps, timeout_s=timeout_s)

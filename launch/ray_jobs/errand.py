@@ -68,5 +68,7 @@ def give_there(
 def _as_submitted(client: JobSubmissionClient, run: str) -> tuple[str, dict[str, str] | None]:
     """Its folder, and its working directory, which may be what Groundswell is imported from."""
     job = find(client, run)
+    if not job.goes_on:
+        raise ClusterError(f"{run} is {job.state} on this cluster, as {job.submission_id}: nobody is there to be told")
     packed = (client.get_job_info(job.submission_id).runtime_env or {}).get("working_dir")
     return job.folder, None if packed is None else {"working_dir": packed}

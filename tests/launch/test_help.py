@@ -56,7 +56,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["run", "digits", "--run-dir", "EMPTY", "--address", "127.0.0.1:1"], 2, "nobody answers at 127.0.0.1:1"),
         (["ledger", "verify", "EMPTY"], 2, "ledger: true"),
         (["control", "--help"], 0, "ends the hold"),
-        (["control", "EMPTY", "hold"], 1, "is the folder of a run"),
+        (["control", "EMPTY", "hold"], 1, "is not the folder of a run"),
         (["control", "EMPTY", "cap"], 2, "cap needs --max-batch"),
         (["submit", "--help"], 0, "goes on from its newest whole checkpoint"),
         (["status", "--help"], 0, "status [OPTIONS] RUN"),
