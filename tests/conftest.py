@@ -3,8 +3,6 @@
 import os
 import signal
 
-import pytest
-
 # Before anything imports torch: the models of the tests are small, and threads that wait for each other on busy cores
 # made them up to ten times as slow. What is started from here inherits it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,11 +13,3 @@ def pytest_configure() -> None:
     # starts; the tests that press Ctrl-C mean a process in the foreground.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (-n 2 --dist loadgroup) a file stays in one, and the tests of one Ray cluster do."""
-    for item in items:
-        name = "/".join(item.path.parts[-2:])
-        item.add_marker(pytest.mark.xdist_group("ray" if name.startswith("ray/") else name))

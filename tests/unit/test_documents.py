@@ -37,7 +37,7 @@ def test_the_example_config_trains_the_example_task(tmp_path: Path, monkeypatch:
 
 def test_ci_runs_the_readmes_test_command() -> None:
     command = blocks("bash")[1].strip()
-    assert command.endswith("-m pytest")
+    assert " -m pytest" in command
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
