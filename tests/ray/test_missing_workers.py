@@ -69,7 +69,7 @@ def test_workers_that_never_come_are_given_up_and_the_next_attempt_ends_within_t
         before = attempts(run)
         used_s = worker_hours_of(before) * 3600
         # What the first attempt took to begin, twice, and some time to train and to keep.
-        limit_s = used_s + 2 * (before[0].started - before[0].since) + 25
+        limit_s = used_s + 2 * before[0].began_s + 25
         AdaptiveTrainer(
             chosen.model_copy(update={"budget": BudgetSection(worker_hours=limit_s / 3600)}), resume=True
         ).fit()
