@@ -6,8 +6,11 @@ In a checkout they are ``configs/`` beside this package; the wheel holds the sam
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import ConfigError, Problem
 
 _SUFFIXES = (".yaml", ".yml")
@@ -35,6 +38,15 @@ def find_config(name_or_path: str | Path) -> Path:
     else:
         rule = "there is no such file"
     raise ConfigError(Problem(source=text, rule=rule, fix=_suggestion(path, list(bundled))))
+
+
+def read_config(
+    name_or_path: str, overrides: Sequence[str] = (), *, run_dir: str | None = None, plugins: bool = True
+) -> RunConfig:
+    """The checked config that a command was given, with what its options override. Raises ``ConfigError``."""
+    # Quoted, so that YAML reads any path as text.
+    where = [] if run_dir is None else [f"run.dir={json.dumps(run_dir, ensure_ascii=False)}"]
+    return load_config(find_config(name_or_path), [*overrides, *where], plugins=plugins)
 
 
 def list_configs() -> tuple[Path, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from launch import options
-from launch.bundled import describe, find_config, list_configs
-from orchestrator.config import RunConfig, load_config, to_yaml
+from launch.bundled import describe, list_configs, read_config
+from orchestrator.config import RunConfig, to_yaml
 from orchestrator.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def _config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 @_config_arguments
 def validate(name_or_path: str, overrides: tuple[str, ...], no_plugins: bool) -> None:
     """Check CONFIG, a file or the name of a bundled config, and say in a line what it would do."""
-    run = read_config(name_or_path, overrides, plugins=not no_plugins)
+    run = _read_or_exit(name_or_path, overrides, plugins=not no_plugins)
     length = f"{run.train.samples} samples" if run.train.samples is not None else f"{run.train.epochs} epochs"
     batch = f"batch {run.batch.initial} to {run.batch.max}"
     if run.controller.mode == "advise":
@@ -41,7 +41,7 @@ def validate(name_or_path: str, overrides: tuple[str, ...], no_plugins: bool) ->
 @click.option("--comments/--no-comments", default=True, help="With or without what each key means.")
 def show(name_or_path: str, overrides: tuple[str, ...], no_plugins: bool, comments: bool) -> None:
     """Print CONFIG as a run would see it: every key with its value, its unit and its meaning."""
-    click.echo(to_yaml(read_config(name_or_path, overrides, plugins=not no_plugins), comments=comments), nl=False)
+    click.echo(to_yaml(_read_or_exit(name_or_path, overrides, plugins=not no_plugins), comments=comments), nl=False)
 
 
 @config_group.command(name="list")
@@ -53,10 +53,10 @@ def list_bundled() -> None:
         click.echo(f"{path.stem:<{width}}  {describe(path)}".rstrip())
 
 
-def read_config(name_or_path: str, overrides: tuple[str, ...], *, plugins: bool = True) -> RunConfig:
+def _read_or_exit(name_or_path: str, overrides: tuple[str, ...], *, plugins: bool) -> RunConfig:
     """The config, or its problems on stderr and exit code 2."""
     try:
-        return load_config(find_config(name_or_path), overrides, plugins=plugins)
+        return read_config(name_or_path, overrides, plugins=plugins)
     except ConfigError as error:
         click.echo(str(error), err=True)
         raise click.exceptions.Exit(2) from error

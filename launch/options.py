@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 overrides = click.option(
@@ -21,8 +19,3 @@ no_plugins = click.option(
 allow_unauthenticated = click.option(
     "--allow-unauthenticated", is_flag=True, help="Also use a head on another machine that asks for no token."
 )
-
-
-def run_dir_override(run_dir: str | None) -> list[str]:
-    """``--run-dir`` as an override of the config; quoted, so that YAML reads any path as text."""
-    return [] if run_dir is None else [f"run.dir={json.dumps(run_dir, ensure_ascii=False)}"]

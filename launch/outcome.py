@@ -15,6 +15,7 @@ from launch.live import duration
 from launch.progress import counted, metrics_text
 from orchestrator.config import RunConfig
 from orchestrator.runtime import folder
+from orchestrator.runtime.spending import exhausted
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 _ENDS = ("finished", "stopped")
@@ -30,6 +31,16 @@ def is_finished(settings: RunConfig, path: Path) -> bool:
     train = settings.train
     total = train.samples if train.samples is not None else round((train.epochs or 0) * size)
     return int(events[-1]["samples_seen"]) >= total
+
+
+def nothing_to_do(settings: RunConfig, path: Path) -> str | None:
+    """Why the run in ``path`` is not to be gone on with: it is finished, or its budget is used up."""
+    if is_finished(settings, path):
+        return f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}"
+    used_up = exhausted(settings, path)
+    if used_up is None:
+        return None
+    return f"Nothing was started: {used_up}; to go on with {path}, raise budget in its config."
 
 
 def ended_as_planned(event: Mapping[str, Any]) -> bool:

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launch import options
-from launch.bundled import find_config
+from launch.bundled import read_config
 from launch.ray_cluster import add_working_directory
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def probe_command(
     """
     add_working_directory()
     try:
-        settings = load_config(find_config(config), overrides, plugins=not no_plugins)
+        settings = read_config(config, overrides, plugins=not no_plugins)
         from orchestrator.runtime.probe import probe
 
         found = probe(settings, checkpoint=checkpoint, samples=samples, by_layer=groups == "layers")

@@ -17,20 +17,27 @@ from pathlib import Path
 import click
 
 from launch import options
-from launch.bundled import find_config
+from launch.bundled import read_config
 from launch.doctor import unreachable
 from launch.jobs import HEAD_PATIENCE_S, Interrupts, Job, quiet_libraries
 from launch.json_rows import JsonRows, show_json
 from launch.live import say, show
-from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, advice_lines, ended_as_planned, is_finished, summary
+from launch.outcome import (
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    advice_lines,
+    ended_as_planned,
+    nothing_to_do,
+    summary,
+)
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.sources import FolderRows
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
 from orchestrator.runtime.preparation import run_folder
-from orchestrator.runtime.spending import exhausted
 from orchestrator.runtime.tracking import check_libraries
 
 _LOCAL_CLUSTER = "local"
@@ -109,9 +116,7 @@ def run_command(
     command += [] if run_dir is None else ["--run-dir", run_dir]
     command += [] if address == _LOCAL_CLUSTER else ["--address", address]
     try:
-        settings = load_config(
-            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
-        )
+        settings = read_config(config, overrides, run_dir=run_dir, plugins=not no_plugins)
         path = run_folder(settings)
         if auto_resume:
             resume = resume or folder.exists(path)
@@ -157,12 +162,9 @@ def run(
     check_libraries(settings)
     rows = JsonRows(FolderRows(path)) if log_format == "json" else None
     speak = say if rows is None else rows.tell
-    if resume and is_finished(settings, path):
-        speak(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
-        return 0
-    used_up = exhausted(settings, path) if resume else None
-    if used_up is not None:
-        speak(f"Nothing was started: {used_up}; to go on with {path}, raise budget in its config.")
+    done = nothing_to_do(settings, path) if resume else None
+    if done is not None:
+        speak(done)
         return 0
     silence = unreachable(address)
     if silence is not None:

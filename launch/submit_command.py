@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from launch import options
-from launch.bundled import find_config
+from launch.bundled import read_config
 from launch.live import say
 from launch.outcome import EXIT_REFUSED
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, GroundswellError, Problem
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def submit_command(
       3    left running by Ctrl-C
     """
     try:
-        settings = load_config(
-            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
-        )
+        settings = read_config(config, overrides, run_dir=run_dir, plugins=not no_plugins)
         _refuse_folder_of_the_job(settings)
         code = _submit(
             settings,

@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 from launch import options
-from launch.bundled import find_config
+from launch.bundled import read_config
 from launch.jobs import quiet_libraries
 from launch.launched import Group, belongs_to, goes_on, write_note
 from launch.live import say, show_plain
@@ -30,7 +30,7 @@ from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
 from launch.sources import FolderRows
 from launch.spawn import OTHERS, OURS, said_line
-from orchestrator.config import RunConfig, load_config, to_yaml
+from orchestrator.config import RunConfig, to_yaml
 from orchestrator.errors import ConfigError, GroundswellError, RunFolderError, SessionError
 from orchestrator.runtime import folder
 from orchestrator.runtime.preparation import claimed, run_folder, write_config
@@ -72,9 +72,7 @@ def main(
     add_working_directory()
     quiet_libraries()
     try:
-        settings = load_config(
-            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
-        )
+        settings = read_config(config, overrides, run_dir=run_dir, plugins=not no_plugins)
         code = _train(
             settings,
             rank=rank,

@@ -19,15 +19,14 @@ from typing import Any
 import click
 
 from launch import options
-from launch.bundled import find_config
+from launch.bundled import read_config
 from launch.jobs import quiet_libraries
 from launch.launched import goes_on
 from launch.live import say
-from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, planned_end, summary
-from orchestrator.config import RunConfig, load_config
+from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, nothing_to_do, planned_end
+from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
 from orchestrator.runtime.preparation import run_folder
-from orchestrator.runtime.spending import exhausted
 
 _SLURM_SCRIPT = Path(__file__).parent / "slurm" / "groundswell.sbatch"
 _PORT = 29400  # torchrun's own default
@@ -145,17 +144,12 @@ def torchrun_command(
         rendezvous[key] = value
     rdzv_id = rdzv_id or str(uuid.uuid4())
     try:
-        settings = load_config(
-            find_config(config), [*overrides, *options.run_dir_override(run_dir)], plugins=not no_plugins
-        )
+        settings = read_config(config, overrides, run_dir=run_dir, plugins=not no_plugins)
         path = run_folder(settings)
         going_on = goes_on(path, launch=rdzv_id, resume=resume, auto_resume=auto_resume)
-        if going_on and is_finished(settings, path):
-            say(f"{path} is finished; for a longer run raise train.samples or train.epochs.\n{summary(path)}")
-            sys.exit(0)
-        used_up = exhausted(settings, path) if going_on else None
-        if used_up is not None:
-            say(f"Nothing was started: {used_up}; to go on with {path}, raise budget in its config.")
+        done = nothing_to_do(settings, path) if going_on else None
+        if done is not None:
+            say(done)
             sys.exit(0)
     except GroundswellError as error:
         say(str(error), error=True)

@@ -12,14 +12,14 @@ from typing import Any
 import click
 
 from launch import options
-from launch.bundled import find_config
+from launch.bundled import read_config
 from launch.kubernetes.kubectl import kubectl, references, status_line
 from launch.kubernetes.manifests import render
 from launch.kubernetes.pods import cluster_of
 from launch.kubernetes.reasons import reason
 from launch.kubernetes.validation import check
 from launch.kubernetes.yaml_text import dump
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import RunConfig
 from orchestrator.config.worker_pods import job_name
 from orchestrator.errors import ConfigError, GroundswellError, Problem
 
@@ -161,7 +161,7 @@ def delete_manifests(config: str, overrides: tuple[str, ...], kind: Any, storage
 
 
 def _load(config: str, overrides: tuple[str, ...]) -> RunConfig:
-    settings = load_config(find_config(config), overrides)
+    settings = read_config(config, overrides)
     if settings.cluster is None:
         fix = "give cluster.image, cluster.worker_groups and cluster.storage; "
         fix += "groundswell config show digits_on_kubernetes has them all"

@@ -79,8 +79,8 @@ def launching(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if [path.name for path in folder.iterdir()] == [LAUNCHER_LOCK]:  # nothing was begun, and nothing stays
-            with suppress(OSError):
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [LAUNCHER_LOCK]:  # nothing was begun, and nothing stays
                 (folder / LAUNCHER_LOCK).unlink()
                 folder.rmdir()
         lock.release()
