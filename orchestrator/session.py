@@ -383,7 +383,7 @@ class Session:
         self._meter.close()
         self._update.close()
         self._groups.close()
-        self._history.journal.close()
+        self._history.close()
 
     def __enter__(self) -> Session:
         return self

@@ -79,6 +79,10 @@ class CheckpointSection(Section):
         default=None, ge=1, description="[samples] between two checkpoints; null: at the end only"
     )
     keep: int = Field(default=2, ge=1, description="[checkpoints] the newest so many are kept")
+    asynchronous: bool = Field(
+        default=True,
+        description="[true or false] regular ones are copied to host memory and written while training goes on",
+    )
 
 
 class RecoverySection(Section):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.types import ApplyPlan, BatchPlan, Target
 
-_HEAD = 14
+_HEAD = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class Announcement:
     stop: bool = False
     hold: bool = False  # save, then wait to be resized
     save: bool = False
+    saved_step: int | None = None  # a checkpoint of this step, written behind training's back, can be finished
     rest_steps: int = 0  # so many steps may pass without an exchange
     plan: ApplyPlan | None = None
     sums: tuple[StepSums, ...] = ()
@@ -40,7 +41,8 @@ class Announcement:
         return self.stop or self.hold or self.save
 
     def encode(self) -> list[float]:
-        flags = [float(self.stop), float(self.hold), float(self.save), float(self.rest_steps)]
+        saved = 0.0 if self.saved_step is None else 1.0 + self.saved_step
+        flags = [float(self.stop), float(self.hold), float(self.save), float(self.rest_steps), saved]
         sums = [
             number for step in self.sums for number in (step.weighted_sq_sum, step.loss_sum, step.part_weighted_sq_sum)
         ]
@@ -64,7 +66,7 @@ class Announcement:
 
     @staticmethod
     def decode(values: Sequence[float]) -> Announcement:
-        stop, hold, save, rest_steps, has_plan = values[:5]
+        stop, hold, save, rest_steps, saved, has_plan = values[:6]
         numbers = iter(values[_HEAD:])
         rows = zip(numbers, numbers, numbers, strict=True)
         said = Announcement(
@@ -72,12 +74,13 @@ class Announcement:
             hold=hold > 0,
             save=save > 0,
             rest_steps=int(rest_steps),
+            saved_step=int(saved) - 1 if saved else None,
             sums=tuple(StepSums(weighted_sq_sum=w, loss_sum=loss, part_weighted_sq_sum=p) for w, loss, p in rows),
         )
         if not has_plan:
             return said
-        generation, world_size, batch, micro_batch, step = (int(v) for v in values[5:10])
-        factor, noise_known, noise_scale, fresh = values[10:_HEAD]
+        generation, world_size, batch, micro_batch, step = (int(v) for v in values[6:11])
+        factor, noise_known, noise_scale, fresh = values[11:_HEAD]
         plan = BatchPlan(generation=generation, world_size=world_size, batch=batch, micro_batch=micro_batch)
         target = Target(batch=batch, noise_scale=noise_scale if noise_known else None, fresh=bool(fresh))
         return replace(
@@ -91,5 +94,6 @@ class Announcement:
             stop=self.stop or other.stop,
             hold=self.hold or other.hold,
             save=self.save or other.save,
+            saved_step=self.saved_step if other.saved_step is None else other.saved_step,
             plan=self.plan if other.plan is None else other.plan,
         )

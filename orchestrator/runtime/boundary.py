@@ -87,6 +87,15 @@ class Boundary:
             logger.warning("%s", error)
             return None
 
+    def _save_regularly(self) -> None:
+        state = self._state
+        try:
+            self._history.begin_save(
+                step=state.step, samples_seen=state.samples_seen, in_force=state.in_force, why="regular"
+            )
+        except CheckpointError as error:
+            logger.warning("%s", error)
+
     def abandon(self) -> None:
         """Training has failed on this rank: write down what it did, without the others."""
         self._exchange.abandon()
@@ -154,6 +163,7 @@ class Boundary:
         if due:
             self.settle()
         heard, self._asked = self._asked, Announcement()
+        self._history.take_in_save(heard.saved_step)
         if heard.hold and not heard.stop:  # one who asked for a stop would be gone after a resize
             path = self.checkpoint(why="resize")
             if path is not None:
@@ -161,9 +171,11 @@ class Boundary:
                 self._worker.hold(path)
             else:
                 self._history.hold_failed()
-        elif due or (heard.save and not self._state.is_over):
-            path = self.checkpoint(why="asked for" if heard.save else "regular")
+        elif heard.save and not self._state.is_over:
+            path = self.checkpoint(why="asked for")
             if path is not None:
                 self._worker.report_checkpoint(path)
+        elif due:
+            self._save_regularly()
         if heard.stop:
             self._stopped = self._stop_reason or "another rank was asked to stop"

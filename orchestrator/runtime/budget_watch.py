@@ -54,6 +54,7 @@ class BudgetWatch:
         self._advances: deque[int] = deque([rules.base_batch], maxlen=_RECENT)  # samples, from look to look
         self._longest_pause_s = 0.0  # from look to look, where an evaluation was due
         self._saved_s = 0.0  # since the last look
+        self._is_saving = False  # while training goes on
         self._looked_samples = 0
         # What a step may be followed by, each at multiples of so many samples.
         self._pauses = (config.evaluation.every_samples, config.measure.curvature_every_samples)
@@ -113,6 +114,16 @@ class BudgetWatch:
         self._save_s = max(took_s, self._save_s or 0.0)
         self._saved_s += took_s
 
+    def saving(self) -> None:
+        """A checkpoint is being written while training goes on; an end would wait for it."""
+        self._is_saving = True
+
+    def saved_meanwhile(self, took_s: float | None) -> None:
+        """It took so long; ``None`` where it failed."""
+        self._is_saving = False
+        if took_s is not None:
+            self._save_s = max(took_s, self._save_s or 0.0)
+
     def end(self, at: Moment) -> None:
         """What was used, with what the end of the processes will take."""
         if self._limit is not None:
@@ -127,7 +138,7 @@ class BudgetWatch:
         kept_s = (
             _LOOKS_TO_STOP * max(self._gaps_s, default=self._last_gap_s)
             + min(pauses, _LOOKS_TO_STOP) * self._longest_pause_s
-            + min(self._due((self._save_every_samples,), seen), _LOOKS_TO_STOP) * save_s(self._save_s)
+            + min(self._due((self._save_every_samples,), seen) + self._is_saving, _LOOKS_TO_STOP) * save_s(self._save_s)
             + end_s(self._save_s)
         )
         return Spent(

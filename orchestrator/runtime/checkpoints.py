@@ -1,7 +1,8 @@
 """Checkpoints that exist whole or not at all, and are proved whole before they are used.
 
 All ranks write into a temporary folder through ``torch.distributed.checkpoint``; rank zero adds the metadata and a
-manifest of checksums, and renames. Nothing else in the project creates, chooses or deletes a checkpoint.
+manifest of checksums, and renames. Where all ranks hold the same state, rank zero can do it alone, behind the back of
+training. Nothing else in the project creates, chooses or deletes a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from orchestrator.errors import CheckpointError
 from orchestrator.ports import Collective
+from orchestrator.runtime.background_save import BackgroundSave, HostCopy, write_alone
 from orchestrator.runtime.safe_loading import CheckpointReader, PlainDataPlanner
 
 _NAME = re.compile(r"step-(\d{9})")
@@ -56,6 +59,8 @@ class CheckpointStore:
         self._folder = folder
         self._keep = keep
         self._collective = collective
+        self._host = HostCopy()
+        self._under_way: tuple[int, BackgroundSave | None] | None = None  # of which step; the save is rank zero's
 
     def save(
         self,
@@ -70,21 +75,73 @@ class CheckpointStore:
 
         Raises ``CheckpointError`` on every rank when it could not be written; older checkpoints are untouched.
         """
-        final_path = self.path_of(step)
-        partial = self._folder / f".step-{step:09d}.partial"
+        assert self._under_way is None, "finish_save() comes first"
+        final_path, partial = self.path_of(step), self._partial_of(step)
         problem = self._on_rank_zero(lambda: _make_empty(partial))
         if problem is None:
             problem = self._write_tensors(model, optimizer, partial, ema)
         if problem is None:
-            problem = self._on_rank_zero(lambda: _commit(partial, final_path, meta))
+            problem = self._on_rank_zero(lambda: _commit(partial, final_path, json.dumps(meta)))
         if problem is not None:
             self._on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
-            raise CheckpointError(
-                f"checkpoint of step {step} was not written to {final_path}: {problem}; older checkpoints are "
-                "untouched; make room or mend the storage, training can go on"
-            )
+            raise self._not_written(step, problem)
         self._on_rank_zero(lambda: self._forget_old(step))
         return final_path
+
+    def can_save_behind(self, model: nn.Module) -> bool:
+        """Whether ``begin_save`` is possible: each rank holds all of the model, and none only a shard."""
+        return not any(isinstance(tensor, DTensor) for tensor in model.parameters())
+
+    def begin_save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        meta: Mapping[str, Any],
+        ema: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Begin what ``save`` does, and return once the state is copied: rank zero writes it alone, in a thread.
+
+        One at a time: ``finish_save`` comes before the next, and before ``save``. On other ranks nothing happens.
+        """
+        assert self._under_way is None, "finish_save() comes first"
+        save = None
+        if self._collective.rank == 0:
+            text = json.dumps(meta)
+            try:
+                tree = self._host.of(self._state_of(model, optimizer, ema))
+            except (MemoryError, RuntimeError) as error:  # host memory that does not suffice for the copy
+                problem = _cause(error)
+                save = BackgroundSave(lambda: problem)
+            else:
+                save = BackgroundSave(lambda: self._write_behind(tree, step, text))
+        self._under_way = step, save
+
+    @property
+    def under_way(self) -> int | None:
+        """The step whose checkpoint ``begin_save`` began, until ``finish_save``."""
+        return None if self._under_way is None else self._under_way[0]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether ``finish_save`` need not wait. Only rank zero knows."""
+        save = None if self._under_way is None else self._under_way[1]
+        return save is not None and save.is_over
+
+    def finish_save(self, *, alone: bool = False) -> tuple[Path, float]:
+        """Wait for what ``begin_save`` began: its path, and the seconds that the writing took.
+
+        Raises ``CheckpointError`` on every rank when it could not be written. ``alone``: of rank zero, which training
+        has failed on, so that the others cannot be asked.
+        """
+        assert self._under_way is not None, "begin_save() comes first"
+        (step, save), self._under_way = self._under_way, None
+        result = None if save is None else save.result()
+        problem, took_s = result if alone and result is not None else self._collective.share(result)
+        if problem is not None:
+            raise self._not_written(step, problem)
+        return self.path_of(step), took_s
 
     def load_latest(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None = None
@@ -131,9 +188,32 @@ class CheckpointStore:
     def path_of(self, step: int) -> Path:
         return self._folder / f"step-{step:09d}"
 
-    def _write_tensors(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, ema: Mapping[str, Tensor] | None
-    ) -> str | None:
+    def _partial_of(self, step: int) -> Path:
+        return self._folder / f".step-{step:09d}.partial"
+
+    def _not_written(self, step: int, problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint of step {step} was not written to {self.path_of(step)}: {problem}; older checkpoints are "
+            "untouched; make room or mend the storage, training can go on"
+        )
+
+    def _write_behind(self, tree: Mapping[str, Any], step: int, meta: str) -> str | None:
+        """Rank zero's thread: write, commit, and forget the old ones; what went wrong, if something did."""
+        partial = self._partial_of(step)
+        try:
+            _make_empty(partial)
+            write_alone(tree, partial)
+            _commit(partial, self.path_of(step), meta)
+        except (Exception, CheckpointException) as error:  # DCP raises several kinds, none of them narrow
+            shutil.rmtree(partial, ignore_errors=True)
+            return _cause(error)
+        self._forget_old(step)
+        return None
+
+    def _state_of(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None
+    ) -> dict[str, Any]:
+        """What is saved, as one tree of the live tensors."""
         optimizer_state: Any
         unmoved = not optimizer.state
         model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -142,12 +222,18 @@ class CheckpointStore:
             # gradient. Nothing of it belongs to the run, here or in what is saved.
             optimizer.state.clear()
             optimizer_state = {**optimizer_state, "state": {}, _UNMOVED: True}
+        return _tree(model_state, optimizer_state, ema)
+
+    def _write_tensors(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, ema: Mapping[str, Tensor] | None
+    ) -> str | None:
+        tree = self._state_of(model, optimizer, ema)
         problem = None
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
                 state_dict_saver.save(
-                    _tree(model_state, optimizer_state, ema),
+                    tree,
                     checkpoint_id=path,
                     no_dist=self._collective.world_size == 1,
                 )
@@ -313,8 +399,8 @@ def _make_empty(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _commit(partial: Path, final_path: Path, meta: Mapping[str, Any]) -> None:
-    (partial / _META).write_text(json.dumps(meta))
+def _commit(partial: Path, final_path: Path, meta: str) -> None:
+    (partial / _META).write_text(meta)
     manifest = {
         str(file.relative_to(partial)): (file.stat().st_size, _digest(file))
         for file in sorted(partial.rglob("*"))

@@ -61,6 +61,15 @@ class Resumed:
     stop: str | None = None  # why no step is taken
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saving:
+    """A checkpoint that is written while training goes on."""
+
+    at: Moment
+    why: str
+    paused_s: float
+
+
 @final
 class History:
     def __init__(
@@ -89,6 +98,7 @@ class History:
             self._folder / "checkpoints", keep=config.checkpoint.keep, collective=worker.collective
         )
         self._saved_step: int | None = None
+        self._saving: _Saving | None = None
         self._dataset_size = dataset_size
         self.journal = Journal(config, worker=worker, rules=rules, dataset_size=dataset_size)
         self._desk = ControlDesk(self._folder, journal=self.journal, rules=rules, workers_stay=worker.workers_stay)
@@ -214,6 +224,7 @@ class History:
             stop=said.stop or commands.stop is not None or requested,
             hold=commands.hold is not None,
             save=self._desk.asks_to_save() or commands.save is not None,
+            saved_step=self._store.under_way if self._store.is_written else None,
             rest_steps=rest_steps,
         )
 
@@ -273,45 +284,115 @@ class History:
         )
 
     def save(self, *, step: int, samples_seen: int, in_force: InForce | None, why: str) -> str:
-        """Collective. Write a checkpoint of the state before ``step``; raises ``CheckpointError`` on every rank."""
+        """Collective. Write a checkpoint of the state before ``step``; raises ``CheckpointError`` on every rank.
+
+        One that is under way is finished first.
+        """
+        self.finish_save()
         now = Moment(step=step, samples_seen=samples_seen)
         if self._saved_step == step:
             path = str(self._store.path_of(step))
             self._desk.saved(path, now)
             return path
         began = time.perf_counter()
-        meta: dict[str, Any] = {}
-        if self._worker.rank == 0:
-            # Decisions that are not due yet are part of what the checkpoint knows, so they are written down with it.
-            for decided_at in self.journal.decisions_on_their_way:
-                self.journal.decision(decided_at, self._brain.answer(decided_at))
-            record = self._brain.record()
-            meta = {
-                "step": step,
-                "samples_seen": samples_seen,
-                "seed": self._config.run.seed,
-                "dataset_size": self._dataset_size,
-                "world_size": self._worker.world_size,
-                "controller": record.state,
-                "controller_tail": codec.encode(record.tail),
-                "in_force": codec.encode(in_force),
-                **self.journal.memory(),
-                **self._calibration.memory(),
-                "scaler": None if self._scaler is None else self._scaler.state_dict(),
-                "rng": save_rng(),
-            }
+        meta = self._meta(now, in_force)
         try:
             path = str(self._store.save(self._model, self._optimizer, step=step, meta=meta, ema=self._ema))
         except CheckpointError as error:
-            self.journal.event("checkpoint_failed", reason=str(error), step=step, samples_seen=samples_seen)
+            self._say_not_saved(error, now)
             self._desk.not_saved(str(error), now)
             raise
         self._saved_step = step
         took = time.perf_counter() - began
         self._budget.saved(took)
-        self.journal.event("checkpoint", reason=why, step=step, samples_seen=samples_seen, path=path, duration_s=took)
+        self._say_saved(path, _Saving(at=now, why=why, paused_s=took), took_s=took)
         self._desk.saved(path, now)
         return path
+
+    def begin_save(self, *, step: int, samples_seen: int, in_force: InForce | None, why: str) -> None:
+        """Collective. Begin a checkpoint that is written while training goes on, once the one under way is finished.
+
+        ``save`` is called instead where the config asks for that, or the model is sharded; it may raise.
+        """
+        if not (self._config.checkpoint.asynchronous and self._store.can_save_behind(self._model)):
+            path = self.save(step=step, samples_seen=samples_seen, in_force=in_force, why=why)
+            self._worker.report_checkpoint(path)
+            return
+        self.finish_save()
+        began, now = time.perf_counter(), Moment(step=step, samples_seen=samples_seen)
+        meta = self._meta(now, in_force)
+        self._store.begin_save(self._model, self._optimizer, step=step, meta=meta, ema=self._ema)
+        self._budget.saving()
+        self._saving = _Saving(at=now, why=why, paused_s=time.perf_counter() - began)
+
+    def take_in_save(self, step: int | None) -> None:
+        """Collective. Finish the checkpoint of ``step``, if that is the one under way; it is known to be written."""
+        if step is not None and step == self._store.under_way:
+            self.finish_save()
+
+    def finish_save(self, *, alone: bool = False) -> None:
+        """Collective, or ``alone`` on rank zero. Wait for the checkpoint that is under way, if one is, and report it.
+
+        That it failed is said, and no reason to end.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            path, took_s = self._store.finish_save(alone=alone)
+        except CheckpointError as error:
+            self._budget.saved_meanwhile(None)
+            logger.warning("%s", error)
+            self._say_not_saved(error, saving.at)
+            return
+        self._saved_step = saving.at.step
+        self._budget.saved_meanwhile(took_s)
+        self._say_saved(str(path), saving, took_s=took_s)
+        if not alone:
+            self._worker.report_checkpoint(str(path))
+
+    def close(self) -> None:
+        """Let what is being written be written, where training has failed meanwhile, and close the journal."""
+        if self._worker.rank == 0:
+            self.finish_save(alone=True)
+        self.journal.close()
+
+    def _meta(self, at: Moment, in_force: InForce | None) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors; rank zero's, and empty elsewhere."""
+        if self._worker.rank != 0:
+            return {}
+        # Decisions that are not due yet are part of what the checkpoint knows, so they are written down with it.
+        for decided_at in self.journal.decisions_on_their_way:
+            self.journal.decision(decided_at, self._brain.answer(decided_at))
+        record = self._brain.record()
+        return {
+            "step": at.step,
+            "samples_seen": at.samples_seen,
+            "seed": self._config.run.seed,
+            "dataset_size": self._dataset_size,
+            "world_size": self._worker.world_size,
+            "controller": record.state,
+            "controller_tail": codec.encode(record.tail),
+            "in_force": codec.encode(in_force),
+            **self.journal.memory(),
+            **self._calibration.memory(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "rng": save_rng(),
+        }
+
+    def _say_saved(self, path: str, saving: _Saving, *, took_s: float) -> None:
+        self.journal.event(
+            "checkpoint",
+            reason=saving.why,
+            step=saving.at.step,
+            samples_seen=saving.at.samples_seen,
+            path=path,
+            duration_s=took_s,
+            paused_s=saving.paused_s,
+        )
+
+    def _say_not_saved(self, error: CheckpointError, at: Moment) -> None:
+        self.journal.event("checkpoint_failed", reason=str(error), step=at.step, samples_seen=at.samples_seen)
 
     def hold_failed(self) -> None:
         """The checkpoint of a resize could not be written: training goes on as it is."""

@@ -331,7 +331,7 @@ def on_full_disk(rank: int, path: str, full_rank: int, last: bool) -> None:
         path,
         train={"samples": STEPS * BATCH},
         batch={"initial": BATCH, "micro_batch": MICRO, "max": BATCH},
-        checkpoint={"every_samples": 2 * BATCH},
+        checkpoint={"every_samples": 2 * BATCH, "asynchronous": False},  # all ranks write, each a part
         ledger=True,
     )
     with Session(settings, model=model, optimizer=optimizer, dataset=blobs()) as session:

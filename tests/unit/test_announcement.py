@@ -26,6 +26,7 @@ announcements = st.builds(
     stop=st.booleans(),
     hold=st.booleans(),
     save=st.booleans(),
+    saved_step=st.none() | st.integers(0, 2**40),
     rest_steps=st.integers(0, 16),
     plan=st.none() | plans(),
     sums=st.lists(st.builds(StepSums, weighted_sq_sum=numbers, loss_sum=numbers), max_size=3).map(tuple),
@@ -45,4 +46,4 @@ def test_what_rank_zero_says_is_heard_through_the_sum_with_a_rank_that_says_noth
     heard = Announcement.decode([a + b for a, b in zip(said.encode(), silent.encode(), strict=True)])
     assert heard.plan == said.plan
     assert heard.sums == said.sums
-    assert (heard.stop, heard.rest_steps) == (said.stop or stop, said.rest_steps)
+    assert (heard.stop, heard.rest_steps, heard.saved_step) == (said.stop or stop, said.rest_steps, said.saved_step)

@@ -44,7 +44,8 @@ def wide(path: str, steps: int, full_from: int, mended_from: int, limit: int) ->
     """A run whose checkpoints take a megabyte, on storage that is full from one step to another."""
     sections: dict[str, Any] = {
         "train": {"samples": steps * BATCH},
-        "checkpoint": {"every_samples": 2 * BATCH, "keep": 2},
+        # Written in the step that they are of, which is what settles whether the disk is full.
+        "checkpoint": {"every_samples": 2 * BATCH, "keep": 2, "asynchronous": False},
         "ledger": True,
     }
     model = mlp(width=300)
