@@ -37,7 +37,7 @@ from launch.sources import FolderRows
 from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
-from orchestrator.runtime.preparation import run_folder
+from orchestrator.runtime.preparation import refuse_changed_config, run_folder
 from orchestrator.runtime.tracking import check_libraries
 
 _LOCAL_CLUSTER = "local"
@@ -159,6 +159,7 @@ def run(
     """
     path = run_folder(settings)
     folder.check(path, resume=resume)
+    refuse_changed_config(settings, path)
     check_libraries(settings)
     rows = JsonRows(FolderRows(path)) if log_format == "json" else None
     speak = say if rows is None else rows.tell

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from orchestrator.config.section import Broken, Section, refuse
+from orchestrator.config.suggestions import nearest
+
+# Changes of these keys are refused when a run goes on, unless they are accepted by name: whoever makes them may know
+# that model and samples are still the same.
+ACCEPTABLE: Mapping[str, str] = {
+    "task.name": "it says what is trained",
+    "task.options": "they may change the model or the samples",
+    "data.seed_each_sample": "augmentation would be drawn otherwise",
+}
 
 
 class WorkersSection(Section):
@@ -91,6 +101,23 @@ class RecoverySection(Section):
     max_failures: int = Field(
         default=3, ge=0, description="[failures] a run goes on from its last checkpoint so often; 0: never"
     )
+    accept_changed: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="[list of keys] task.name, task.options or data.seed_each_sample: go on though they are others now",
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> RecoverySection:
+        broken = []
+        for i, key in enumerate(self.accept_changed):
+            if any(key == known or key.startswith(f"{known}.") for known in ACCEPTABLE):
+                continue
+            near = nearest(key, ACCEPTABLE)
+            fix = f"did you mean {near}?" if near else f"write one of {', '.join(ACCEPTABLE)}"
+            rule = "is no key whose change can be accepted: others may change anyway, or cannot at all"
+            broken.append(Broken(keys=("accept_changed", str(i)), value=key, rule=rule, fix=fix))
+        refuse(broken)
+        return self
 
 
 class BudgetSection(Section):

@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from orchestrator.errors import CheckpointError
 from orchestrator.ports import Collective
 from orchestrator.runtime.background_save import BackgroundSave, HostCopy, write_alone
+from orchestrator.runtime.model_differences import model_differences
 from orchestrator.runtime.safe_loading import CheckpointReader, PlainDataPlanner
 
 _NAME = re.compile(r"step-(\d{9})")
@@ -168,10 +169,10 @@ class CheckpointStore:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = _tree(model_state, optimizer_state, ema)
         try:
-            saved = _saved_names(chosen)
+            saved = _saved(chosen)
+            _refuse_another_model(chosen, saved, model_state)
             _leave_out_unmoved(optimizer_state, saved)
             _load(state, chosen, no_dist=self._collective.world_size == 1)
-            _refuse_left_over(saved, model_state)
             set_model_state_dict(model, model_state)
             # Not strict: parameters may be without a state, and what else is missing has been refused.
             options = StateDictOptions(strict=False)
@@ -283,9 +284,8 @@ def load_weights(folder: Path, model: nn.Module) -> tuple[Path, tuple[Fault, ...
         )
     try:
         model_state = get_model_state_dict(model)
-        saved = _saved_names(chosen)
+        _refuse_another_model(chosen, _saved(chosen), model_state)
         _load({"model": model_state}, chosen, no_dist=True)
-        _refuse_left_over(saved, model_state)
         set_model_state_dict(model, model_state)
     except CheckpointError:
         raise
@@ -357,9 +357,9 @@ def _load(state: dict[str, Any], path: Path, *, no_dist: bool) -> None:
         )
 
 
-def _saved_names(path: Path) -> list[str]:
-    """What the checkpoint holds, such as ``optimizer.state.0.weight.exp_avg``."""
-    return list(CheckpointReader(path).read_metadata().state_dict_metadata)
+def _saved(path: Path) -> Mapping[str, Any]:
+    """What the index says of all that the checkpoint holds, such as ``optimizer.state.0.weight.exp_avg``."""
+    return CheckpointReader(path).read_metadata().state_dict_metadata
 
 
 def _leave_out_unmoved(optimizer_state: Any, saved: Iterable[str]) -> None:
@@ -376,12 +376,13 @@ def _leave_out_unmoved(optimizer_state: Any, saved: Iterable[str]) -> None:
             del template[parameter]
 
 
-def _refuse_left_over(saved: Iterable[str], model_state: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for tensors of the model that were saved and have no place now; DCP leaves them out."""
-    names = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
-    left_over = sorted(names - model_state.keys())
-    if left_over:
-        raise ValueError(f"it holds {', '.join(left_over[:4])}, which the model does not have")
+def _refuse_another_model(path: Path, saved: Mapping[str, Any], model_state: Mapping[str, Any]) -> None:
+    difference = model_differences(saved, model_state)
+    if difference is not None:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this model and optimizer: of the model's tensors {difference}; resume "
+            "with the config and the code that wrote it, or begin a new run"
+        )
 
 
 def _cause(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from orchestrator.config import RunConfig
+from orchestrator.config.differences import Difference
 from orchestrator.core import codec
 from orchestrator.core.controller import Rules
 from orchestrator.core.ramp import InForce, Ramp
@@ -35,6 +36,7 @@ from orchestrator.runtime.journal import FinishedStep, Journal, Moment
 from orchestrator.runtime.preparation import prepare, run_folder
 from orchestrator.runtime.resume_checks import (
     NOT_OF_THIS_VERSION,
+    changes_of_config,
     check_shared,
     events_of_another_version,
     of_another_version,
@@ -131,7 +133,9 @@ class History:
         check_shared(self._folder, self._worker.collective)
         path, meta, faults = self._store.load_latest(self._model, self._optimizer, self._ema)
         record, step, samples_seen, in_force = BrainRecord(), 0, 0, None
+        changes: Sequence[Difference] = ()
         if path is not None:
+            changes = changes_of_config(meta, path, self._config)
             try:
                 refuse_another_run(meta, path, seed=self._config.run.seed, dataset_size=self._dataset_size)
                 step, samples_seen, self._saved_step = meta["step"], meta["samples_seen"], meta["step"]
@@ -149,6 +153,7 @@ class History:
         if self._worker.rank == 0:
             try:
                 begun = self._meet(record, path, faults, Moment(step=step, samples_seen=samples_seen))
+                self._say_changes(changes, Moment(step=step, samples_seen=samples_seen))
             except Exception as error:  # shared, so that no rank is left waiting
                 begun = error
         begun = self._worker.collective.share(begun)
@@ -199,6 +204,13 @@ class History:
         except NOT_OF_THIS_VERSION as error:
             raise events_of_another_version(self._folder, error) from error
         return welcome, self._stop_reason
+
+    def _say_changes(self, changes: Sequence[Difference], at: Moment) -> None:
+        if not changes:
+            return
+        reason = f"the config is another one from here on: {', '.join(map(str, changes))}"
+        listed = [asdict(change) for change in changes]
+        self.journal.event("config_changed", reason=reason, step=at.step, samples_seen=at.samples_seen, changes=listed)
 
     def speak(self, said: Announcement, *, decided_at: Sequence[int], rest_steps: int) -> Announcement:
         """Rank zero's announcement: the decisions that are due, and what was asked meanwhile.
@@ -370,6 +382,7 @@ class History:
             "samples_seen": at.samples_seen,
             "seed": self._config.run.seed,
             "dataset_size": self._dataset_size,
+            "config": self._config.model_dump(mode="json"),
             "world_size": self._worker.world_size,
             "controller": record.state,
             "controller_tail": codec.encode(record.tail),

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.config import RunConfig, to_yaml
-from orchestrator.errors import StorageError
+from orchestrator.config import RunConfig, load_config, to_yaml
+from orchestrator.config.differences import differences, refuse_changes
+from orchestrator.errors import ConfigError, StorageError
 from orchestrator.runtime import folder
 from orchestrator.runtime.tracking import check_libraries
 
@@ -21,7 +22,8 @@ def run_folder(config: RunConfig) -> Path:
 def prepare(config: RunConfig, *, resume: bool) -> Path:
     """Make a new run's folder with its resolved config, or check the one to resume.
 
-    Raises ``RunFolderError``, and ``ConfigError`` for a library that the config needs and that is not there.
+    Raises ``RunFolderError``, and ``ConfigError`` for a library that the config needs and that is not there, and for a
+    config that the run cannot go on with.
     """
     check_libraries(config)
     folder.check(run_folder(config), resume=resume)
@@ -47,8 +49,25 @@ def claimed(config: RunConfig, *, patience_s: float = folder.PATIENCE_S) -> Iter
         lock.release()
 
 
+def refuse_changed_config(config: RunConfig, path: Path) -> None:
+    """Raises ``ConfigError`` where the run in ``path`` has checkpoints, of a config that is too unlike."""
+    if not any((path / "checkpoints").glob("step-*")):
+        return  # it begins again
+    source = path / folder.CONFIG
+    try:
+        before = load_config(source)
+    except ConfigError:  # torn, or of another version: each checkpoint has its own
+        return
+    found = differences(before.model_dump(mode="json"), config)
+    refuse_changes(found, accepted=config.recovery.accept_changed, source=str(source))
+
+
 def write_config(config: RunConfig, path: Path) -> None:
-    """What an attempt finds as it begins: its config, and no request to stop that was meant for the one before."""
+    """What an attempt finds as it begins: its config, and no request to stop that was meant for the one before.
+
+    Raises ``ConfigError`` where the run that is there cannot go on with it.
+    """
+    refuse_changed_config(config, path)
     try:
         (path / folder.STOP_REQUEST).unlink(missing_ok=True)
         (path / folder.CONFIG).write_text(to_yaml(config), encoding="utf-8")

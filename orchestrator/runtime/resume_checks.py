@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config import RunConfig
+from orchestrator.config.differences import Difference, differences, refuse_changes
 from orchestrator.errors import CheckpointError, RunFolderError
 from orchestrator.ports import Collective
 from orchestrator.runtime import folder
@@ -33,6 +35,19 @@ def refuse_another_run(meta: Mapping[str, Any], path: Path, *, seed: int, datase
                 f"checkpoint {path} was written with {key} {meta[key]}, and it is {now} now: the sample stream "
                 "would be another one; resume with the same data and seed, or begin a new run"
             )
+
+
+def changes_of_config(meta: Mapping[str, Any], path: Path, config: RunConfig) -> list[Difference]:
+    """What is told of how ``config`` differs from that of the checkpoint at ``path``.
+
+    Raises ``ConfigError`` for what the run cannot go on with.
+    """
+    before = meta.get("config")
+    if before is None:  # of a version that did not keep it
+        return []
+    found = differences(before, config)
+    refuse_changes(found, accepted=config.recovery.accept_changed, source=str(path))
+    return [difference for difference in found if difference.is_told or difference.refused]
 
 
 def of_another_version(path: Path, error: Exception) -> CheckpointError:

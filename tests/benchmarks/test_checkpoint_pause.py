@@ -1,4 +1,4 @@
-"""What a regular checkpoint costs training: how long it stands still for the copy, and its longest step with and without.
+"""What a regular checkpoint costs: how long training stands still for the copy, and its longest step with and without.
 
 Run with -s to see the figures. The machine's other work only lengthens steps, so each kind is measured in several runs
 that alternate, and of their longest steps the shortest is shown. While the writer's thread has work, steps share the
@@ -89,8 +89,9 @@ def test_a_step_that_begins_a_checkpoint_costs_only_the_copy(tmp_path: Path) -> 
     print(
         f"\n{parameters / 1e6:.1f} million parameters with momentum, a checkpoint each 8 steps of "
         f"{statistics.median(usual):.3f} s: longest step {found['none']:.3f} s without, "
-        f"{found['asynchronous']:.3f} s asynchronous, {found['synchronous']:.3f} s synchronous; training stood "
-        f"still {statistics.median(paused):.3f} s (at most {max(paused):.3f} s, bound {BOUND_S} s), the writing {statistics.median(took):.3f} s beside training"
+        f"{found['asynchronous']:.3f} s asynchronous, {found['synchronous']:.3f} s synchronous; training stood still "
+        f"{statistics.median(paused):.3f} s (at most {max(paused):.3f} s, bound {BOUND_S} s), and the writing took "
+        f"{statistics.median(took):.3f} s beside it"
     )
     assert max(paused) <= BOUND_S
     assert found["asynchronous"] < found["synchronous"]

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from orchestrator.core.cursor import Stream
 from tests.support import blobs, cross_entropy, mlp
 from tests.unit.small_runs import (
+    ACCEPTED,
     BATCH,
     MICRO,
     STEPS,
@@ -160,7 +161,7 @@ def check_told_and_kept(tmp_path: Path, case: TaskCase) -> None:
         assert saved_steps(tmp_path)[-1] == case.saved
     if not case.recovers and events(tmp_path, "started"):
         # Mended, the run goes on from what it had.
-        again = groundswell(settings, "--set", "task.options.kind=sound", "--resume")
+        again = groundswell(settings, "--set", "task.options.kind=sound", "--set", ACCEPTED, "--resume")
         assert again.exit_code == 0, again.output
         assert rows_of(tmp_path, "step")[-1] == (STEPS - 1,)
         assert_readable(tmp_path)

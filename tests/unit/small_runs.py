@@ -17,6 +17,7 @@ from orchestrator.session import Session
 from tests.support import blobs, config, cross_entropy, mlp
 
 STEPS, BATCH, MICRO = 6, 32, 8
+ACCEPTED = "recovery.accept_changed=[task.options]"  # the task was mended by one of its options
 Damage = Callable[[Path], Any]  # done to the folder that holds a run
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.runtime.checkpoints import CheckpointStore, verify
 from orchestrator.runtime.collective import Solo
 from tests.support import blobs, mlp
@@ -141,11 +141,37 @@ REFUSED = [
     Refusal(
         "all broken", lambda run: broken(run, 4, 6, 7), ("no checkpoint under", "step-000000004", "begin a new run")
     ),
-    Refusal("another width", lambda run: None, (*FIT, "0.weight"), lambda: {"model": mlp(width=16)}),
-    Refusal("a layer more", lambda run: None, (*FIT, "5."), lambda: {"model": nn.Sequential(*mlp(), nn.Linear(4, 4))}),
-    Refusal("a layer less", lambda run: None, (*FIT, "4."), lambda: {"model": nn.Sequential(*list(mlp())[:3])}),
+    Refusal(
+        "another width",
+        lambda run: None,
+        (*FIT, "5 of another shape or dtype: 0.weight (32 x 20 float32 there, 16 x 20 float32 here), 0.bias", "1 more"),
+        lambda: {"model": mlp(width=16)},
+    ),
+    Refusal(
+        "a layer more",
+        lambda run: None,
+        (*FIT, "2 in this model alone: 5.weight (4 x 4 float32), 5.bias (4 float32)"),
+        lambda: {"model": nn.Sequential(*mlp(), nn.Linear(4, 4))},
+    ),
+    Refusal(
+        "a layer less",
+        lambda run: None,
+        (*FIT, "2 in the checkpoint alone: 4.weight (4 x 32 float32), 4.bias (4 float32)"),
+        lambda: {"model": nn.Sequential(*list(mlp())[:3])},
+    ),
+    Refusal(
+        "another dtype",
+        lambda run: None,
+        (*FIT, "6 of another shape or dtype: 0.weight (32 x 20 float32 there, 32 x 20 float64 here)"),
+        lambda: {"model": mlp().double()},
+    ),
     Refusal("another optimizer", lambda run: None, FIT, lambda: {"optimizer": lambda p: torch.optim.Adam(p, lr=0.01)}),
-    Refusal("another seed", lambda run: None, ("seed 0", "1 now"), lambda: {"sections": {"run": {"seed": 1}}}),
+    Refusal(
+        "another seed",
+        lambda run: None,
+        ("run.seed: 1", "the run was trained with 0", "write 0 again"),
+        lambda: {"sections": {"run": {"seed": 1}}},
+    ),
     Refusal("more data", lambda run: None, ("dataset_size 256", "257 now"), lambda: {"dataset": blobs(257)}),
     Refusal("less data", lambda run: None, ("dataset_size 256", "200 now"), lambda: {"dataset": blobs(200)}),
     Refusal("no controller", without("controller"), ("another version", "controller")),
@@ -166,7 +192,7 @@ def files(run: Path) -> dict[Path, bytes]:
 def test_a_checkpoint_that_does_not_belong_is_refused_and_left_as_it_is(run: Path, case: Refusal) -> None:
     case.damage(run)
     before = files(run)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
         trained(run, resume=True, **case.more())
     for words in case.told:
         assert words in str(caught.value)

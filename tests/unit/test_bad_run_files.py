@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import CheckpointError, RunFolderError, StorageError
+from orchestrator.errors import ConfigError, RunFolderError, StorageError
 from orchestrator.runtime import folder
 from orchestrator.runtime.worker import local_worker
 from orchestrator.train import train
 from tests.unit.small_runs import (
+    ACCEPTED,
     Damage,
     assert_readable,
     groundswell,
@@ -99,7 +100,7 @@ def test_the_command_shows_no_traceback_of_files_that_something_else_changed(
     settings = settings_of(tmp_path, "loss is NaN")
     assert groundswell(settings).exit_code == 1
     in_the_middle(name, data)(tmp_path)
-    result = groundswell(settings, "--set", "task.options.kind=sound", "--resume")
+    result = groundswell(settings, "--set", "task.options.kind=sound", "--set", ACCEPTED, "--resume")
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code != 0
     assert "line 2" in result.output
@@ -140,6 +141,6 @@ def test_a_folder_has_one_writer_and_the_next_begins_a_new_attempt(tmp_path: Pat
 def test_a_run_that_could_not_resume_lets_go_of_its_folder(run: Path) -> None:
     settings = settings_of(run, run={"seed": 1})
     for _ in range(2):
-        with pytest.raises(CheckpointError):
+        with pytest.raises(ConfigError, match=r"run\.seed: 1"):
             train(settings, local_worker(settings), resume=True)
     folder.RunWriter(run / "run", patience_s=0.05).close()
