@@ -6,6 +6,7 @@ from importlib import metadata
 
 import click
 
+from launch.checkpoints_command import checkpoints_group
 from launch.config_commands import config_group
 from launch.control_command import control_command
 from launch.doctor import doctor_command
@@ -49,7 +50,7 @@ def main() -> None:
 _COMMANDS = (
     *(run_command, torchrun_command, control_command),
     *(submit_command, status_command, logs_command, stop_command, list_command),  # on a Ray cluster
-    *(k8s_group, probe_command, config_group, doctor_command, ledger_group, plot_command),
+    *(k8s_group, probe_command, config_group, doctor_command, ledger_group, checkpoints_group, plot_command),
 )
 for _command in _COMMANDS:
     main.add_command(_command)

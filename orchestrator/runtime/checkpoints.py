@@ -7,14 +7,11 @@ training. Nothing else in the project creates, chooses or deletes a checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, final
@@ -35,21 +32,20 @@ from torch.distributed.tensor import DTensor
 from orchestrator.errors import CheckpointError
 from orchestrator.ports import Collective
 from orchestrator.runtime.background_save import BackgroundSave, HostCopy, write_alone
+from orchestrator.runtime.checkpoint_files import (
+    META,
+    Fault as Fault,
+    choose,
+    found,
+    found_within,
+    read_meta,
+    verify as verify,
+    write_manifest,
+)
 from orchestrator.runtime.model_differences import model_differences
 from orchestrator.runtime.safe_loading import CheckpointReader, PlainDataPlanner
 
-_NAME = re.compile(r"step-(\d{9})")
-_MANIFEST = "manifest.json"
-_META = "meta.json"
 _UNMOVED = "unmoved"  # beside an optimizer's state: no step has made one yet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """A checkpoint that could not be used, and why."""
-
-    path: str
-    why: str
 
 
 @final
@@ -154,15 +150,13 @@ class CheckpointStore:
         ``(None, {}, ())`` when there is none at all. Raises ``CheckpointError`` when every one is broken, or when
         the model, the optimizer or ``ema`` does not fit.
         """
-        chosen, faults = self._collective.share(_choose(self._folder) if self._collective.rank == 0 else None)
+        chosen, faults = self._collective.share(choose(found(self._folder)) if self._collective.rank == 0 else None)
         if chosen is None:
             if faults:
                 listed = "; ".join(f"{fault.path}: {fault.why}" for fault in faults)
                 raise CheckpointError(f"no checkpoint under {self._folder} is whole ({listed}); begin a new run")
             return None, {}, ()
-        meta: dict[str, Any] = self._collective.share(
-            json.loads((chosen / _META).read_text()) if self._collective.rank == 0 else None
-        )
+        meta: dict[str, Any] = self._collective.share(read_meta(chosen) if self._collective.rank == 0 else None)
         # Torch makes the state to load into only for an optimizer that has no gradients yet and no state.
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
@@ -262,8 +256,8 @@ class CheckpointStore:
     def _forget_old(self, newest: int) -> None:
         # One of a later step was broken, or training went back behind it: it is no part of this history, and would
         # take the place of one that is.
-        undone = [path for step, path in _found(self._folder) if step > newest]
-        kept = [path for step, path in _found(self._folder) if step <= newest][self._keep :]
+        undone = [path for step, path in found(self._folder) if step > newest]
+        kept = [path for step, path in found(self._folder) if step <= newest][self._keep :]
         for path in [*undone, *kept, *self._folder.glob(".step-*.partial")]:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -274,7 +268,7 @@ def load_weights(folder: Path, model: nn.Module) -> tuple[Path, tuple[Fault, ...
 
     Raises ``CheckpointError`` when there is none, none is whole, or the model does not fit.
     """
-    chosen, faults = _choose_within(folder)
+    chosen, faults = choose(found_within(folder))
     if chosen is None:
         if faults:
             listed = "; ".join(f"{fault.path}: {fault.why}" for fault in faults)
@@ -297,56 +291,15 @@ def load_weights(folder: Path, model: nn.Module) -> tuple[Path, tuple[Fault, ...
     return chosen, faults
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at ``path``, or ``None`` when every file is as it was written."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        if not isinstance(manifest, dict) or not {_META, ".metadata"} <= manifest.keys():
-            return f"{_MANIFEST} does not list the checkpoint's files"
-        for name, (size, digest) in manifest.items():
-            file = path / name
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, {size} were written"
-            if _digest(file) != digest:
-                return f"{name} has changed since it was written (its checksum differs)"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+def load_tree(tree: dict[str, Any], path: Path) -> None:
+    """Load into the tensors of ``tree``, on one process, what the checkpoint at ``path`` has under their names."""
+    _load(tree, path, no_dist=True)
 
 
 def _tree(model_state: Any, optimizer_state: Any, ema: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """What is saved and loaded, as one tree."""
     tree = {"model": model_state, "optimizer": optimizer_state}
     return tree if ema is None else tree | {"ema": dict(ema)}
-
-
-def _found(folder: Path) -> list[tuple[int, Path]]:
-    """``(step, path)`` of each checkpoint, newest first."""
-    if not folder.is_dir():
-        return []
-    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted(((int(m[1]), path) for m, path in matches if m), reverse=True)
-
-
-def _choose(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
-    faults: list[Fault] = []
-    for _, path in _found(folder):
-        why = verify(path)
-        if why is None:
-            return path, tuple(faults)
-        faults.append(Fault(path=str(path), why=why))
-    return None, tuple(faults)
-
-
-def _choose_within(folder: Path) -> tuple[Path | None, tuple[Fault, ...]]:
-    """The newest whole checkpoint of a run's folder or of its checkpoints; or ``folder`` itself, if it is one."""
-    if _NAME.fullmatch(folder.name) or (folder / _MANIFEST).exists():
-        if not folder.is_dir():
-            return None, ()
-        why = verify(folder)
-        return (folder, ()) if why is None else (None, (Fault(path=str(folder), why=why),))
-    inside = folder / "checkpoints"
-    return _choose(inside if inside.is_dir() else folder)
 
 
 def _load(state: dict[str, Any], path: Path, *, no_dist: bool) -> None:
@@ -401,13 +354,8 @@ def _make_empty(path: Path) -> None:
 
 
 def _commit(partial: Path, final_path: Path, meta: str) -> None:
-    (partial / _META).write_text(meta)
-    manifest = {
-        str(file.relative_to(partial)): (file.stat().st_size, _digest(file))
-        for file in sorted(partial.rglob("*"))
-        if file.is_file()
-    }
-    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (partial / META).write_text(meta)
+    write_manifest(partial)
     for file in partial.rglob("*"):
         if file.is_file():
             _sync(file)
@@ -416,14 +364,6 @@ def _commit(partial: Path, final_path: Path, meta: str) -> None:
         shutil.rmtree(final_path)
     partial.rename(final_path)
     _sync(final_path.parent)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.blake2b(digest_size=16)
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

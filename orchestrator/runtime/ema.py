@@ -13,6 +13,13 @@ from orchestrator.core.companions import ema_weight
 from orchestrator.errors import SessionError
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are known by another one too, and under which they are averaged."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: known for name, p in named if (known := first.setdefault(id(p), name)) != name}
+
+
 @final
 class EmaWeights:
     """Averages the model's parameters, in float32 at least; buffers are not averaged, and stay the model's own.

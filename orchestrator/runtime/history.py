@@ -31,7 +31,7 @@ from orchestrator.runtime.budget_watch import BudgetWatch
 from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.checkpoints import CheckpointStore, Fault
 from orchestrator.runtime.control import ControlDesk, standing_orders
-from orchestrator.runtime.ema import EmaWeights
+from orchestrator.runtime.ema import EmaWeights, tied_names
 from orchestrator.runtime.journal import FinishedStep, Journal, Moment
 from orchestrator.runtime.preparation import prepare, run_folder
 from orchestrator.runtime.resume_checks import (
@@ -389,6 +389,7 @@ class History:
             "in_force": codec.encode(in_force),
             **self.journal.memory(),
             **self._calibration.memory(),
+            "tied": tied_names(self._model),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "rng": save_rng(),
         }

@@ -148,7 +148,7 @@ def test_standing_orders_outlive_a_crash_and_a_resume(tmp_path: Path) -> None:
     thread.join(60)
     assert [row["kind"] for row in folder.rows(run / folder.EVENTS)][-1] == "fault"
     # The checkpoint from before the order knows nothing of it.
-    with running(config(tmp_path), resume=True):
+    with running(config(tmp_path, recovery={"accept_changed": ["task.options"]}), resume=True):
         resumed = next(row for row in folder.rows(run / folder.EVENTS) if row["kind"] == "resumed")
         assert resumed["step"] <= next(row["step"] for row in answers(run) if row["order"] == "cap")
         still = next(row for row in answers(run) if row["attempt"] == resumed["attempt"])

@@ -49,7 +49,7 @@ def tensors_of(path: Path, step: int) -> dict[str, Tensor]:
     ema = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     assert verify(checkpoint) is None
     with pytest.MonkeyPatch.context() as patch:  # of all that are there, this one
-        patch.setattr(checkpoints, "_found", lambda folder: [(step, checkpoint)])
+        patch.setattr(checkpoints, "found", lambda folder: [(step, checkpoint)])
         store.load_latest(model, optimizer, ema)
     state = {f"{i}.{key}": value for i, s in optimizer.state_dict()["state"].items() for key, value in s.items()}
     return {**model.state_dict(), **state, **{f"ema.{name}": value for name, value in ema.items()}}

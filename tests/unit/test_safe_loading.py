@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from orchestrator.errors import CheckpointError
-from orchestrator.runtime.checkpoints import CheckpointStore, _digest, load_weights, verify
+from orchestrator.runtime.checkpoint_files import digest
+from orchestrator.runtime.checkpoints import CheckpointStore, load_weights, verify
 from orchestrator.runtime.collective import Solo
 from tests.support import mlp
 
@@ -47,7 +48,7 @@ def saved(place: Path) -> Path:
 def seal(checkpoint: Path) -> None:
     """Let the manifest agree, as one would who wants the checkpoint to be read."""
     manifest = {
-        file.name: (file.stat().st_size, _digest(file))
+        file.name: (file.stat().st_size, digest(file))
         for file in sorted(checkpoint.iterdir())
         if file.name != "manifest.json"
     }
