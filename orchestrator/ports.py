@@ -30,6 +30,21 @@ class Collective(Protocol):
         """Put the sum over the ranks into ``tensor``, the same on each; where it lies, without waiting for a device."""
         ...
 
+    def all_to_all(self, tensor: Tensor, *, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        """1-D ``tensor`` in pieces of ``sends`` elements, one for each rank; what the ranks sent here, in their order.
+
+        ``receives`` is how many elements each of them sends to this one.
+        """
+        ...
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's 1-D ``tensor``, all of one length, one after the other; the same on each."""
+        ...
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Put rank zero's into ``tensor``."""
+        ...
+
     def share(self, value: Any) -> Any:
         """Rank zero's value (plain Python data), on every rank."""
         ...

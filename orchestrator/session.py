@@ -34,6 +34,7 @@ from orchestrator.runtime.announcement import StepSums
 from orchestrator.runtime.boundary import Boundary
 from orchestrator.runtime.branches import Branches
 from orchestrator.runtime.calibration import Calibration
+from orchestrator.runtime.collective import Solo
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.curvature import Curvature, LossOf
 from orchestrator.runtime.ema import EmaWeights
@@ -43,6 +44,7 @@ from orchestrator.runtime.history import History
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
 from orchestrator.runtime.replica import Replica
+from orchestrator.runtime.reproducible_step import ReproducibleStep
 from orchestrator.runtime.rng import SampleRandomness
 from orchestrator.runtime.rules import companions_from, rules_from
 from orchestrator.runtime.setbacks import Setbacks
@@ -88,6 +90,7 @@ class Session:
             collective=collective,
             device=device,
             find_unused_parameters=config.train.find_unused_parameters,
+            averages=not config.train.reproducible,
         )
         self._update = WeightUpdate(
             optimizer,
@@ -95,10 +98,15 @@ class Session:
             scaler=grad_scaler,
             max_grad_norm=config.train.max_grad_norm,
             device=device,
-            collective=collective,
+            collective=Solo()
+            if config.train.reproducible
+            else collective,  # what the parts say is summed with the rest
             base_batch=rules.base_batch,
             companions=companions_from(config),
         )
+        self._reproducible: ReproducibleStep | None = None
+        if config.train.reproducible:
+            self._reproducible = ReproducibleStep(model, totals=self._update.part_totals, collective=collective)
         half_life = config.train.ema_half_life_samples
         self._ema = None if half_life is None else EmaWeights(model, half_life_samples=half_life)
         self._estimator = find_estimator(config.measure.estimator)
@@ -246,14 +254,15 @@ class Session:
         step = self._at_hand
         self._check_own_weights()
         size, last = step.take_micro_batch()
-        synchronises = last and self.worker.world_size > 1
+        averaged = 1 if self._reproducible is not None else self.worker.world_size  # ranks whose gradients DDP averages
+        synchronises = last and averaged > 1
         started = False
         try:
             value = loss() if callable(loss) else loss
             check_loss(value)
             started = True
             # Divided, not multiplied by the reciprocal: what a plain loop writes, to the last bit.
-            divisor = step.plan.batch / (size * self.worker.world_size)
+            divisor = step.plan.batch / (size * averaged)
             with self._update.part(share=size / step.plan.batch, loss_scale=step.loss_scale / divisor):
                 self._update.scaled(value / divisor).backward(backward_seed(value))
         except Exception as error:
@@ -266,6 +275,8 @@ class Session:
         mean = value.detach()
         self._meter.end_micro_batch(size=size, loss=mean, loss_scale=step.loss_scale / divisor)
         self._groups.end_micro_batch(size=size, loss_scale=step.loss_scale / divisor)
+        if self._reproducible is not None:
+            self._reproducible.end_micro_batch()
         step.done += 1
         return mean
 
@@ -277,6 +288,8 @@ class Session:
         self._randomness.end()
         if step.done == 0 or step.rejected is not None:
             self._replica.take_part(spoil=step.rejected is not None)
+        if self._reproducible is not None:
+            self._reproducible.finish(spoil=step.rejected is not None)
         reading = self._meter.read(grad_scale=step.loss_scale)
         if (step.rejected is not None or not reading.grad_is_finite) and not self._setbacks.go_on(step, reading):
             return
@@ -425,6 +438,8 @@ class Session:
         self._update.begin_step()
         self._groups.begin_step(measure=measured and plan.num_micro_batches >= 2)
         self._replica.begin_step(again=repeats)
+        if self._reproducible is not None:
+            self._reproducible.begin(plan)
         return self._step
 
     def _micro_batches(self, step: Step) -> Iterator[Any]:
@@ -433,6 +448,8 @@ class Session:
             batch = move(self._loader.take(position, size), self.worker.device, non_blocking=True)
             # Dropout belongs to the samples, not to the rank that happens to compute them.
             self._randomness.begin(position)
+            if self._reproducible is not None:
+                self._reproducible.begin_micro_batch()
             with self._replica.synchronising(last):
                 step.micro = (size, last)
                 yield batch

@@ -102,6 +102,10 @@ class TrainSection(Section):
         ge=1,
         description="[samples] evaluate with an average of the weights that fades by half over so many; null: without",
     )
+    reproducible: bool = Field(
+        default=False,
+        description="[true or false] weights to the last bit the same on any number of workers; somewhat slower",
+    )
     find_unused_parameters: bool = Field(
         default=False, description="[true or false] whether a step may leave parameters without a gradient; slower"
     )

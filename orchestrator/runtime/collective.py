@@ -26,6 +26,15 @@ class Solo:
     def sum_tensor(self, tensor: Tensor) -> None:
         """It is the sum already."""
 
+    def all_to_all(self, tensor: Tensor, *, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """It is rank zero's already."""
+
     def share(self, value: Any) -> Any:
         return value
 
@@ -64,6 +73,20 @@ class ProcessGroupCollective:
     def sum_tensor(self, tensor: Tensor) -> None:
         # Over the default group, which is the one that reduces the gradients: its backend reaches their device.
         dist.all_reduce(tensor)
+
+    def all_to_all(self, tensor: Tensor, *, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        received = tensor.new_empty(sum(receives))
+        dist.all_to_all_single(received, tensor, list(receives), list(sends))
+        return received
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty(self.world_size * tensor.numel())
+        # The list is what every supported torch has; all_gather_into_tensor is deprecated, its successor is new.
+        dist.all_gather(list(gathered.split(tensor.numel())), tensor)
+        return gathered
+
+    def broadcast(self, tensor: Tensor) -> None:
+        dist.broadcast(tensor, src=0)
 
     def share(self, value: Any) -> Any:
         box = [value]

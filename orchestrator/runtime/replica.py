@@ -52,17 +52,26 @@ class _Participant(nn.Module):
 
 @final
 class Replica:
-    """``module`` is what the user calls: the model itself on one rank, its DDP wrapper on several."""
+    """``module`` is what the user calls: the model itself on one rank, its DDP wrapper on several.
+
+    Without ``averages`` it is the model on several, too, and who asked for that brings the gradients together.
+    """
 
     def __init__(
-        self, model: nn.Module, *, collective: Collective, device: torch.device, find_unused_parameters: bool
+        self,
+        model: nn.Module,
+        *,
+        collective: Collective,
+        device: torch.device,
+        find_unused_parameters: bool,
+        averages: bool = True,
     ) -> None:
         self.model = model.to(device)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._buffers = list(self.model.buffers())
         self._ddp: DistributedDataParallel | None = None
         self._participant = _Participant(self.model, may_leave_unused=find_unused_parameters)
-        if collective.world_size > 1:
+        if averages and collective.world_size > 1:
             self._ddp = DistributedDataParallel(
                 self._participant.to(device),
                 device_ids=[device] if device.type == "cuda" else None,

@@ -69,6 +69,11 @@ class WeightUpdate:
     def scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
+    @property
+    def part_totals(self) -> list[Tensor]:
+        """What the parts of a batch add to besides ``.grad``; empty for most optimizers."""
+        return [] if self._parts is None else [self._parts.totals]
+
     def begin_step(self) -> None:
         if self._parts is not None:
             self._parts.begin_step()
