@@ -291,6 +291,8 @@ class Session:
         if self._reproducible is not None:
             self._reproducible.finish(spoil=step.rejected is not None)
         reading = self._meter.read(grad_scale=step.loss_scale)
+        if self._reproducible is not None:
+            reading = self._reproducible.summable(reading)
         if (step.rejected is not None or not reading.grad_is_finite) and not self._setbacks.go_on(step, reading):
             return
         state = self._course.state

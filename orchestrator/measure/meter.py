@@ -19,6 +19,7 @@ class PartReading:
 
     weighted_sq_sum: float
     mean_grad_sq: float
+    weighted_sq_terms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class Reading:
     mean_grad_sq: float  # |mean gradient|^2
     losses: tuple[float, ...]  # of this rank's micro-batches, in order
     left_out_grad_sq: float = 0.0  # |mean gradient|^2
+    weighted_sq_terms: tuple[float, ...] = ()  # of the first, by micro-batch, in order; empty where it is not known
     part: PartReading | None = None  # while a part is read besides, to find out what it tells of the whole
 
     @property

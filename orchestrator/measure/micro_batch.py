@@ -54,13 +54,15 @@ class GradMeter:
         losses = [loss for _, _, loss, _ in self._micro_batches]
         parts = [*losses, *chain(*(seen for *_, seen in self._micro_batches)), *mean]
         numbers = iter(torch.stack(parts).tolist() if parts else [])
+        found_losses = tuple(islice(numbers, len(losses)))
+        terms = tuple(
+            size * sum_of_squares(islice(numbers, len(seen))) / scale**2 for size, scale, _, seen in self._micro_batches
+        )
         return Reading(
-            losses=tuple(islice(numbers, len(losses))),
-            weighted_sq_sum=sum(
-                size * sum_of_squares(islice(numbers, len(seen))) / scale**2
-                for size, scale, _, seen in self._micro_batches
-            ),
+            losses=found_losses,
+            weighted_sq_sum=sum(terms),
             mean_grad_sq=sum_of_squares(numbers) / grad_scale**2,
+            weighted_sq_terms=terms,
         )
 
     def is_finite(self) -> bool:

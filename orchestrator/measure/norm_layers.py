@@ -61,7 +61,11 @@ class NormLayersMeter:
         if self._reads == "whole" or not self._measured:
             return reading
         part = self._part.read(grad_scale=grad_scale)
-        sums = PartReading(weighted_sq_sum=part.weighted_sq_sum, mean_grad_sq=part.mean_grad_sq)
+        sums = PartReading(
+            weighted_sq_sum=part.weighted_sq_sum,
+            mean_grad_sq=part.mean_grad_sq,
+            weighted_sq_terms=part.weighted_sq_terms,
+        )
         return replace(reading, part=sums)
 
     def is_finite(self) -> bool:

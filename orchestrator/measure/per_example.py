@@ -91,7 +91,7 @@ class PerExampleMeter:
         parts = [*losses, *chain(*(sums for *_, sums in self._micro_batches)), *proof, *mean, *rest]
         numbers = iter(torch.stack(parts).tolist() if parts else [])
         found_losses = tuple(islice(numbers, len(losses)))
-        weighted = sum(
+        terms = tuple(
             # b_i = 1, and a sample's gradient is size times its part of the mean
             (size / scale) ** 2 * sum(islice(numbers, len(sums)))
             for size, scale, _, sums in self._micro_batches
@@ -100,9 +100,10 @@ class PerExampleMeter:
         mean_sq = sum_of_squares(islice(numbers, len(mean)))
         return Reading(
             losses=found_losses,
-            weighted_sq_sum=weighted,
+            weighted_sq_sum=sum(terms),
             mean_grad_sq=mean_sq / grad_scale**2,
             left_out_grad_sq=sum_of_squares(numbers) / grad_scale**2,
+            weighted_sq_terms=terms,
         )
 
     def is_finite(self) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from dataclasses import replace
 from typing import final
 
 from torch import Tensor, nn
 
 from orchestrator.errors import SessionError
+from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
 from orchestrator.runtime.first_statistics import FirstStatistics, share_tensors
 from orchestrator.runtime.pairwise_gradients import PairwiseGradients
@@ -42,10 +45,30 @@ class ReproducibleStep:
     def end_micro_batch(self) -> None:
         self._gradients.end_micro_batch()
 
+    def summable(self, reading: Reading) -> Reading:
+        """``reading`` with sums to which the other ranks' are added without rounding, in whatever order."""
+        part = reading.part
+        if part is not None and part.weighted_sq_terms:
+            part = replace(part, weighted_sq_sum=sum(map(summable, part.weighted_sq_terms)))
+        if reading.weighted_sq_terms:
+            reading = replace(reading, weighted_sq_sum=sum(map(summable, reading.weighted_sq_terms)))
+        return replace(reading, part=part)
+
     def finish(self, *, spoil: bool) -> None:
         """Collective. With ``spoil`` on any rank the gradient is NaN on all: the step is not whole."""
         self._gradients.finish(spoil=spoil)
         self._statistics.finish()
+
+
+def summable(term: float) -> float:
+    """``term`` to 28 binary digits, of which float32 gradients hold 24: float64 adds such terms without rounding.
+
+    Their sum is then the same in any order and grouping: of n terms that lie within 2^25 / n of one another.
+    """
+    if not term < 2.0**1000:  # nor is there a number that infinity, NaN or the largest float could be rounded to
+        return term
+    mantissa, exponent = math.frexp(term)
+    return math.ldexp(round(math.ldexp(mantissa, 28)), exponent - 28)
 
 
 def _refuse(name: str, module: nn.Module) -> None:

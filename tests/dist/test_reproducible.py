@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.session import Session
-from tests.support import blobs, config, cross_entropy, run_fleet
+from tests.support import EAGER, blobs, config, cross_entropy, mlp, run_fleet
 from tests.unit.small_runs import events, rows_of
 
 pytestmark = pytest.mark.dist
@@ -103,6 +103,37 @@ def test_so_they_are_after_a_run_that_changes_among_layouts(tmp_path: Path, alon
     for name in OPTIMIZERS:
         assert [event["step"] for event in events(tmp_path / name, "resumed")] == [3, 7]
         assert apart(fleet[0][name], alone[name]) == [], name
+
+
+def grown(rank: int, path: str, estimator: str) -> State:
+    """A batch that follows the measured noise, and a learning rate that is computed from it."""
+    settings = config(
+        path,
+        train={"samples": 3000, "reproducible": True},
+        batch={"initial": 12, "micro_batch": MICRO, "max": 96},
+        controller=EAGER,
+        lr_rule={"name": "noise_scale", "ramp_samples": 200},
+        measure={"estimator": estimator},
+    )
+    net = mlp()
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    with Session(settings, model=net, optimizer=optimizer, dataset=blobs(seed=3)) as session:
+        for step in session:
+            for batch in step:
+                session.backward(cross_entropy(session.model, batch))
+            session.step()
+    return {key: value.numpy().copy() for key, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("estimator", ["micro_batch", "per_example"])
+def test_batch_and_learning_rate_follow_the_noise_to_the_same_bits(tmp_path: Path, estimator: str) -> None:
+    (one,) = run_fleet(grown, 1, str(tmp_path / "1"), estimator)
+    three = run_fleet(grown, 3, str(tmp_path / "3"), estimator)
+    keys = ("step", "loss", "lr", "global_batch", "grad_sq", "trace_cov", "noise_scale", "noise_low", "noise_high")
+    rows = rows_of(tmp_path / "1", *keys)
+    assert rows == rows_of(tmp_path / "3", *keys)
+    assert len({batch for _, _, _, batch, *_ in rows}) > 2
+    assert apart(three[1], one) == []
 
 
 def test_without_it_they_differ_by_rounding(tmp_path: Path) -> None:
