@@ -305,9 +305,10 @@ class Journal:
         layers = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if not layers:
             return
+        also = "" if self._config.train.reproducible else ", and results on the layout"
         reason = (
             f"{len(layers)} BatchNorm layers ({layers[0]}, ...) normalise by the micro-batch: the gradient and its "
-            "noise depend on batch.micro_batch, and results on the layout; keep it fixed, or use GroupNorm or LayerNorm"
+            f"noise depend on batch.micro_batch{also}; keep it fixed, or use GroupNorm or LayerNorm"
         )
         logger.warning("%s", reason)
         self.event("warning", reason=reason, step=step, samples_seen=samples_seen)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from orchestrator.session import Session
+from tests.dist.test_reproducible import Jittered, model as dropping
 from tests.support import blobs, config, cross_entropy, mlp, run_fleet
 
 STEPS = 20
@@ -56,6 +57,36 @@ def test_equal_lists_give_equal_losses_and_moments_on_any_layout(tmp_path: Path,
                 worst[name] = max(worst[name], abs(mine[name] - theirs[name]) / scale[name])
     print(f"largest relative difference between layouts over {STEPS} steps: {worst}")
     assert max(worst.values()) < 2e-5
+
+
+def train_drawing(rank: int, folder: str, seed_each_sample: bool) -> None:
+    """With dropout, on samples that are moved at random where they are read."""
+    settings = config(
+        folder,
+        train={"samples": STEPS * 32},
+        batch={"initial": 32, "micro_batch": 8, "max": 32},
+        data={"seed_each_sample": seed_each_sample},
+    )
+    torch.manual_seed(100 + rank)
+    model = dropping()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with Session(settings, model=model, optimizer=optimizer, dataset=Jittered()) as session:
+        for step in session:
+            for samples in step:
+                session.backward(cross_entropy(session.model, samples))
+            session.step()
+
+
+@pytest.mark.dist
+def test_dropout_and_augmentation_are_drawn_by_the_samples_position_on_any_layout(tmp_path: Path) -> None:
+    losses = {}
+    for world_size, seeded in ((1, True), (3, True), (3, False)):
+        folder = tmp_path / f"{world_size} {seeded}"
+        run_fleet(train_drawing, world_size, str(folder), seeded)
+        losses[world_size, seeded] = np.array([row["loss"] for row in history(folder)])
+    alone = losses.pop((1, True))
+    assert np.abs(losses.pop((3, False)) / alone - 1).max() > 1e-3  # what is drawn does matter
+    assert np.abs(losses[3, True] / alone - 1).max() < 2e-5
 
 
 @pytest.mark.dist
