@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from orchestrator.measure.norms import norm
 from orchestrator.measure.preconditioner import AdamPreconditioner
+from orchestrator.measure.sharded import Attach, shard_of
 
 PRECONDITIONED = "preconditioned"
 _OWN = "(model)"  # parameters that the outermost module owns itself
@@ -46,8 +47,8 @@ def parameter_groups(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Para
 class GroupReading:
     """One step as one rank sees it: shape [groups], float64, on the parameters' device.
 
-    ``mean_grad_sq`` is read from ``.grad``: after the all-reduce, all ranks see the same. It is NaN for a metric that
-    is not settled yet.
+    ``mean_grad_sq`` is read from ``.grad``: after the all-reduce, all ranks see the same, and of a sharded gradient
+    each its part. It is NaN for a metric that is not settled yet.
     """
 
     weighted_sq_sum: Tensor  # sum of b_i |g_i|^2 over this rank's micro-batches
@@ -59,7 +60,9 @@ class GroupMeter:
     """Reads one step's sums: ``begin_step`` | (backward | ``end_micro_batch``)* | ``read``.
 
     ``groups`` share out parameters by name. ``preconditioner`` adds the group ``preconditioned``, last, of the norms
-    of P^(1/2) g over all that its optimizer trains. Parameters without a gradient count as zero.
+    of P^(1/2) g over all that its optimizer trains. Parameters without a gradient count as zero. ``attach`` is how a
+    hook comes to see the whole micro-gradients of parameters that are sharded; the mean gradient is then read of this
+    rank's shards alone.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class GroupMeter:
         groups: Mapping[str, Sequence[nn.Parameter]],
         *,
         preconditioner: AdamPreconditioner | None = None,
+        attach: Attach = nn.Parameter.register_hook,
     ) -> None:
+        self._attach = attach
         self.names = (*groups, *([] if preconditioner is None else [_unlike(groups)]))
         self._parameters: list[tuple[nn.Parameter, int | None]] = [
             (p, number) for number, members in enumerate(groups.values()) for p in members
@@ -88,7 +93,7 @@ class GroupMeter:
         self._sum = self._zeros()
         if measure and not self._handles:
             self._handles = [
-                p.register_hook(partial(self._see, parameter=p, group=group)) for p, group in self._parameters
+                self._attach(p, partial(self._see, parameter=p, group=group)) for p, group in self._parameters
             ]
         elif not measure and self._handles:
             self.close()
@@ -101,7 +106,9 @@ class GroupMeter:
     def read(self, *, grad_scale: float = 1.0) -> GroupReading:
         """Without a host synchronisation. ``grad_scale`` is what ``.grad`` is multiplied by (an AMP scaler)."""
         with_gradient = [(p, group, p.grad) for p, group in self._parameters if p.grad is not None]
-        squares = [square for p, group, gradient in with_gradient for square in self._squares(gradient, p, group)]
+        squares = [
+            square for p, group, gradient in with_gradient for square in self._squares(shard_of(gradient), p, group)
+        ]
         mean = self._by_group(squares) / grad_scale**2
         if self._preconditioner is not None:
             settled = self._preconditioner.is_settled((p for p, *_ in with_gradient), self._device)

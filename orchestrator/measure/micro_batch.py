@@ -17,15 +17,27 @@ from torch import Tensor, nn
 
 from orchestrator.measure.meter import Reading
 from orchestrator.measure.norms import MeanGradient, is_small, norm, norms, sum_of_squares
+from orchestrator.measure.sharded import Attach, ShardedMeanGradient
 
 
 @final
 class GradMeter:
-    """The ``Meter`` that compares micro-batches. Parameters without a gradient count as zero."""
+    """The ``Meter`` that compares micro-batches. Parameters without a gradient count as zero.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    ``attach`` and ``mean`` are for parameters that are sharded (``measure.sharded``): how a hook comes to see whole
+    micro-gradients, and the norm of the mean gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        attach: Attach = nn.Parameter.register_hook,
+        mean: MeanGradient | ShardedMeanGradient | None = None,
+    ) -> None:
         trained = [p for p in parameters if p.requires_grad]
-        self._mean = MeanGradient(trained)
+        self._attach = attach
+        self._mean = MeanGradient(trained) if mean is None else mean
         self._small_parameters = [p for p in trained if is_small(p)]
         self._large_parameters = [p for p in trained if not is_small(p)]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -39,8 +51,8 @@ class GradMeter:
         self._norms = []
         if measure and not self._handles:
             # Appending a small gradient is all that its hook does: a norm apiece would cost more than the norms.
-            self._handles = [p.register_hook(self._small.append) for p in self._small_parameters]
-            self._handles += [p.register_hook(self._see) for p in self._large_parameters]
+            self._handles = [self._attach(p, self._small.append) for p in self._small_parameters]
+            self._handles += [self._attach(p, self._see) for p in self._large_parameters]
         elif not measure and self._handles:
             self.close()
 
@@ -61,7 +73,7 @@ class GradMeter:
         return Reading(
             losses=found_losses,
             weighted_sq_sum=sum(terms),
-            mean_grad_sq=sum_of_squares(numbers) / grad_scale**2,
+            mean_grad_sq=self._mean.over_ranks(sum_of_squares(numbers)) / grad_scale**2,
             weighted_sq_terms=terms,
         )
 

@@ -66,6 +66,10 @@ class MeanGradient:
         large = [norm(p.grad) for p in self._large if p.grad is not None]
         return norms([p.grad for p in self._small if p.grad is not None], large)
 
+    def over_ranks(self, square: float) -> float:
+        """The squared norm over all ranks, of what ``norms`` gave here: each rank has the whole."""
+        return square
+
     def is_finite(self) -> bool:
         """Whether every entry is; a norm may overflow where they are. Waits for the device."""
         gradients = (p.grad for p in self._parameters if p.grad is not None)
