@@ -16,9 +16,10 @@ _WHERE = {
     "Task": "orchestrator.tasks.protocol",
     "Worker": "orchestrator.runtime.worker",
     "local_worker": "orchestrator.runtime.worker",
+    "shard": "orchestrator.runtime.sharding",
 }
 
-__all__ = ["RunConfig", "Session", "Task", "Worker", "load_config", "local_worker"]
+__all__ = ["RunConfig", "Session", "Task", "Worker", "load_config", "local_worker", "shard"]
 
 
 def __getattr__(name: str) -> Any:

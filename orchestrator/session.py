@@ -43,11 +43,12 @@ from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
-from orchestrator.runtime.replica import Replica
+from orchestrator.runtime.parallel import attach_of, meter_of, replica_of
 from orchestrator.runtime.reproducible_step import ReproducibleStep
 from orchestrator.runtime.rng import SampleRandomness
 from orchestrator.runtime.rules import companions_from, rules_from
 from orchestrator.runtime.setbacks import Setbacks
+from orchestrator.runtime.sharding import is_sharded
 from orchestrator.runtime.step import Step, backward_seed, check_loss
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.update import WeightUpdate, check_parts
@@ -85,13 +86,7 @@ class Session:
         collective, device = self.worker.collective, self.worker.device
         _check_same_length(len(dataset), collective)
         rules = rules_from(config, dataset_size=len(dataset), workers_stay=self.worker.workers_stay)
-        self._replica = Replica(
-            model,
-            collective=collective,
-            device=device,
-            find_unused_parameters=config.train.find_unused_parameters,
-            averages=not config.train.reproducible,
-        )
+        self._replica = replica_of(config, model=model, optimizer=optimizer, worker=self.worker)
         self._update = WeightUpdate(
             optimizer,
             model.parameters(),
@@ -110,7 +105,7 @@ class Session:
         half_life = config.train.ema_half_life_samples
         self._ema = None if half_life is None else EmaWeights(model, half_life_samples=half_life)
         self._estimator = find_estimator(config.measure.estimator)
-        self._meter = self._estimator.build(model, self._update.trained, config.measure)
+        self._meter = meter_of(config, model=model, trained=self._update.trained, replica=self._replica)
         self._calibration = Calibration(config.measure.calibration_samples, meter=self._meter)
         self._loader = PositionLoader(
             dataset,
@@ -141,6 +136,7 @@ class Session:
             trained=self._update.trained,
             collective=collective,
             journal=journal,
+            attach=attach_of(self._replica),
         )
         self._curvature = Curvature(
             config,
@@ -249,13 +245,13 @@ class Session:
 
         Given a callable that computes the loss, a micro-batch that runs out of memory there or in a pass that does
         not synchronise is given up on all ranks together: ``None`` is returned, the micro-batch is halved, and the
-        same samples come again.
+        same samples come again. ``None`` is also returned for a micro-batch that another rank trains on and this one
+        computes to keep it company (``train.parallel: fsdp2``).
         """
         step = self._at_hand
         self._check_own_weights()
         size, last = step.take_micro_batch()
         averaged = 1 if self._reproducible is not None else self.worker.world_size  # ranks whose gradients DDP averages
-        synchronises = last and averaged > 1
         started = False
         try:
             value = loss() if callable(loss) else loss
@@ -264,13 +260,14 @@ class Session:
             # Divided, not multiplied by the reciprocal: what a plain loop writes, to the last bit.
             divisor = step.plan.batch / (size * averaged)
             with self._update.part(share=size / step.plan.batch, loss_scale=step.loss_scale / divisor):
-                self._update.scaled(value / divisor).backward(backward_seed(value))
+                self._update.scaled(value / divisor).backward(backward_seed(value, weightless=step.weightless))
         except Exception as error:
-            # Once a synchronising backward pass has begun, other ranks may hold half of its all-reduces.
-            if not is_out_of_memory(error) or (started and synchronises):
+            if not is_out_of_memory(error) or not self._replica.can_give_up(in_backward=started, last=last):
                 raise
             del error
             self._setbacks.give_up(step, size)
+            return None
+        if step.weightless:
             return None
         mean = value.detach()
         self._meter.end_micro_batch(size=size, loss=mean, loss_scale=step.loss_scale / divisor)
@@ -376,6 +373,11 @@ class Session:
         """
         if self.on_branch:
             raise SessionError("measure_curvature() was called on a branch, which is given up: ask session.on_branch")
+        if is_sharded(self._replica.model):
+            raise SessionError(
+                "measure_curvature() differentiates the loss twice, which sharded layers do not allow: leave it out, "
+                "or write train.parallel: ddp"
+            )
         if self._step is not None and not (self._step.finished or self._step.again):
             raise SessionError(
                 f"measure_curvature() was called within step {self.step_number}, whose gradients are being measured: "
@@ -432,6 +434,7 @@ class Session:
         self._step = Step(
             plan=plan,
             spans=plan.spans(self.worker.rank),
+            company=self._replica.company(plan, self.worker.rank),
             measured=measured,
             loss_scale=self._update.loss_scale,
             began_s=self.worker.now(),
@@ -445,9 +448,11 @@ class Session:
         return self._step
 
     def _micro_batches(self, step: Step) -> Iterator[Any]:
-        for number, (offset, size) in enumerate(step.spans):
+        for number, (offset, size) in enumerate((*step.spans, *step.company)):
             position, last = self.samples_seen + offset, number == len(step.spans) - 1
-            batch = move(self._loader.take(position, size), self.worker.device, non_blocking=True)
+            step.weightless = number >= len(step.spans)
+            samples = self._loader.take(position, size, off_course=step.weightless)
+            batch = move(samples, self.worker.device, non_blocking=True)
             # Dropout belongs to the samples, not to the rank that happens to compute them.
             self._randomness.begin(position)
             if self._reproducible is not None:

@@ -14,6 +14,7 @@ from orchestrator.errors import ConfigError, TaskError
 from orchestrator.optim import OPTIMIZERS
 from orchestrator.registry import resolve
 from orchestrator.runtime.precision import precision
+from orchestrator.runtime.sharding import is_sharded, shard
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.worker import Worker
 from orchestrator.session import Session
@@ -29,6 +30,7 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
     torch.manual_seed(config.run.seed)
     model = task.model()
     check_task(task, model)
+    model = shard(model, config, worker)
     session = Session(
         config,
         model=model,
@@ -75,11 +77,16 @@ def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) ->
     count = 0
     was_training = model.training
     model.eval()
+    size, chunk = len(task.eval_set), config.batch.micro_batch
     try:
-        for indices in _chunks(len(task.eval_set), config.batch.micro_batch, worker.rank, worker.world_size):
-            batch = move(collate([task.eval_set[i] for i in indices]), worker.device, non_blocking=True)
+        for indices in _chunks(size, chunk, worker.rank, worker.world_size, even=is_sharded(model)):
+            counts = indices.start < size
+            some = indices if counts else range(min(size, chunk))
+            batch = move(collate([task.eval_set[i] for i in some]), worker.device, non_blocking=True)
             with precision(config, worker.device):
                 metrics = _numbers(task.metrics(model, batch))
+            if not counts:
+                continue
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * len(indices)
             count += len(indices)
@@ -103,6 +110,7 @@ def _numbers(metrics: Any) -> dict[str, float]:
     return numbers
 
 
-def _chunks(size: int, chunk: int, rank: int, world_size: int) -> Iterator[range]:
-    for first in range(rank * chunk, size, world_size * chunk):
+def _chunks(size: int, chunk: int, rank: int, world_size: int, *, even: bool) -> Iterator[range]:
+    """What ``rank`` evaluates; ``even``: as often as the others, where need be beyond the end, for company."""
+    for first in range(rank * chunk, size + rank * chunk * even, world_size * chunk):
         yield range(first, min(size, first + chunk))

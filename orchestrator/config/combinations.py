@@ -30,6 +30,7 @@ def broken_combinations(config: RunConfig) -> list[Broken]:
         *_lr_rules(config),
         *_decay_rules(config),
         *_measure_rules(config),
+        *_sharding_rules(config),
         *_time_rules(config),
         *(cluster_rules(config.cluster, config.workers, config.run.name) if config.cluster is not None else []),
     ]
@@ -151,6 +152,39 @@ def _measure_rules(config: RunConfig) -> list[Broken]:
     rule = f"the metric is that of Adam's second moments, and optimizer {name} is not known to weigh by them alone"
     fix = f"remove it, or choose an optimizer that does: {', '.join(PRECONDITIONED_OPTIMIZERS)}"
     return [Broken(keys=("measure.preconditioned", "optimizer.name"), value=True, rule=rule, fix=fix)]
+
+
+def _sharding_rules(config: RunConfig) -> list[Broken]:
+    """What cannot be measured or updated where no worker has the whole of a gradient, or of the weights."""
+    if config.train.parallel != "fsdp2":
+        return []
+    measure, broken = config.measure, []
+
+    def refused(key: str, value: Any, why: str, fix: str) -> None:
+        rule = f"train.parallel is fsdp2, and {why}"
+        broken.append(
+            Broken(keys=(key, "train.parallel"), value=value, rule=rule, fix=f"{fix}, or train.parallel: ddp")
+        )
+
+    if measure.estimator not in ("micro_batch", "split"):
+        why = "an estimator that looks into layers would read weights and gradients that no worker has whole"
+        refused("measure.estimator", measure.estimator, why, "write micro_batch, or split for batches of one of them")
+    if measure.preconditioned:
+        why = "each worker has only its shard of the second moments, and the whole of each micro-gradient"
+        refused("measure.preconditioned", True, why, "remove it")
+    if measure.curvature_every_samples is not None:
+        why = "sharded layers cannot be differentiated twice"
+        refused("measure.curvature_every_samples", measure.curvature_every_samples, why, "remove it")
+    if config.optimizer.part_samples is not None:
+        why = f"{config.optimizer.name} compares the gradients of parts, of which each worker keeps a shard alone"
+        refused("optimizer.part_samples", config.optimizer.part_samples, why, "choose another optimizer, such as lamb")
+    if config.train.reproducible:
+        why = "shards of gradients are summed on their way, in an order that depends on the workers"
+        refused("train.reproducible", True, why, "remove it")
+    if config.train.find_unused_parameters:
+        why = "what is gathered together is reduced together, used or not"
+        refused("train.find_unused_parameters", True, why, "remove it; a parameter that no step uses needs no word")
+    return broken
 
 
 def _lr_rules(config: RunConfig) -> list[Broken]:

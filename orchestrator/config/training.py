@@ -106,6 +106,12 @@ class TrainSection(Section):
         default=False,
         description="[true or false] weights to the last bit the same on any number of workers; somewhat slower",
     )
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        default="ddp",
+        description="[name] ddp, every worker has the whole model; fsdp2, each a shard of weights, gradients and "
+        "optimizer state, gathered part by part for each micro-batch (torch.distributed.fsdp.fully_shard): for models "
+        "too large for one device, and slower for others",
+    )
     find_unused_parameters: bool = Field(
         default=False, description="[true or false] whether a step may leave parameters without a gradient; slower"
     )

@@ -18,6 +18,7 @@ from orchestrator.config import RunConfig
 from orchestrator.core.groups import GroupSums
 from orchestrator.measure.groups import GroupMeter, GroupReading, layers, parameter_groups
 from orchestrator.measure.preconditioner import AdamPreconditioner
+from orchestrator.measure.sharded import Attach
 from orchestrator.ports import Collective
 from orchestrator.runtime.exchange import OwnStep
 from orchestrator.runtime.journal import Journal
@@ -34,11 +35,11 @@ class _Waiting:
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """A sum that has begun; ``mean_grad_sqs`` are all ranks' alike."""
+    """A sum that has begun; ``mean_grad_sqs`` are all ranks' alike, or the second half of it, of sharded gradients."""
 
     steps: list[_Waiting]
     result: Callable[[], list[float]]
-    mean_grad_sqs: list[list[float]]
+    mean_grad_sqs: list[list[float]] | None
 
 
 @final
@@ -54,13 +55,17 @@ class GroupNoise:
         trained: list[nn.Parameter],
         collective: Collective,
         journal: Journal,
+        attach: Attach | None = None,
     ) -> None:
+        """``attach`` is given where the parameters are sharded (``GroupMeter``)."""
         groups: dict[str, list[nn.Parameter]] = {}
         if config.measure.groups != "none":
             groups = layers(model, trained) if config.measure.groups == "layers" else parameter_groups(optimizer)
         preconditioner = AdamPreconditioner(optimizer) if config.measure.preconditioned else None
         wanted = bool(groups) or preconditioner is not None
-        self._meter = GroupMeter(groups, preconditioner=preconditioner) if wanted else None
+        attaching = {} if attach is None else {"attach": attach}
+        self._meter = GroupMeter(groups, preconditioner=preconditioner, **attaching) if wanted else None
+        self._sharded = attach is not None
         self._collective = collective
         self._journal = journal
         self._measured = False
@@ -116,8 +121,9 @@ class GroupNoise:
         # The one host synchronisation.
         own = _rows([reading.weighted_sq_sum for reading in readings])
         means = _rows([reading.mean_grad_sq for reading in readings])
-        result = self._collective.start_sum([number for row in own for number in row]) if own else list
-        self._under_way = _UnderWay(steps, result, means)
+        summed = own + means if self._sharded else own
+        result = self._collective.start_sum([number for row in summed for number in row]) if own else list
+        self._under_way = _UnderWay(steps, result, None if self._sharded else means)
 
     def _finish(self) -> None:
         under_way, self._under_way = self._under_way, None
@@ -125,8 +131,9 @@ class GroupNoise:
             return
         assert self._meter is not None, "nothing begins without it"
         numbers, width = under_way.result(), len(self._meter.names)
-        rows = (numbers[first : first + width] for first in range(0, len(numbers), width))
-        means = iter(under_way.mean_grad_sqs)
+        found = [numbers[first : first + width] for first in range(0, len(numbers), width)]
+        means = iter(found[len(found) // 2 :] if under_way.mean_grad_sqs is None else under_way.mean_grad_sqs)
+        rows = iter(found)
         finished = [
             (step.sums, step.decides)
             if step.reading is None

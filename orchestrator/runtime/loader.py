@@ -77,8 +77,8 @@ class PositionLoader:
         if self._ahead is not None:
             self._ahead.set_course(spans)
 
-    def take(self, first_position: int, size: int) -> Any:
-        """The collated batch of ``size`` samples from ``first_position`` on.
+    def take(self, first_position: int, size: int, *, off_course: bool = False) -> Any:
+        """The collated batch of ``size`` samples from ``first_position`` on; ``off_course`` ones are read here and now.
 
         Raises ``TaskError``, naming position and index, where a sample cannot be read or a batch not be made of them;
         ``GroundswellError`` where a loader process died; ``ValueError`` where the span is not on the course.
@@ -91,7 +91,8 @@ class PositionLoader:
             batch = [tensor[rows] for tensor in self._stored]
             return pin(batch) if self._pin else batch
         positions = list(range(first_position, first_position + size))
-        samples = self._read(positions) if self._ahead is None else self._ahead.take(positions)
+        ahead = None if off_course else self._ahead
+        samples = self._read(positions) if ahead is None else ahead.take(positions)
         for sample in samples:
             if isinstance(sample, Failure):
                 sample.throw()

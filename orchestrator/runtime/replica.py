@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.ports import Collective
+from orchestrator.types import BatchPlan
 
 _TAKE_PART = object()
 
@@ -82,6 +83,22 @@ class Replica:
     @property
     def module(self) -> nn.Module:
         return self.model if self._ddp is None else self._ddp
+
+    @property
+    def fixed_group(self) -> None:
+        """Any ranks can go on with it: each has the whole model."""
+        return None
+
+    def company(self, plan: BatchPlan, rank: int) -> tuple[tuple[int, int], ...]:
+        """A rank computes its own micro-batches alone; one without any joins in with ``take_part``."""
+        return ()
+
+    def can_give_up(self, *, in_backward: bool, last: bool) -> bool:
+        """Not once a synchronising backward pass has begun: other ranks may hold half of its all-reduces."""
+        return not (in_backward and last and self._ddp is not None)
+
+    def give_up(self) -> None:
+        """Nothing is held but gradients, which are forgotten with the step."""
 
     def synchronising(self, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch's forward and backward; gradients are averaged over the ranks in the last one."""

@@ -18,7 +18,7 @@ from orchestrator.measure.meter import Meter, Reading
 from orchestrator.runtime.boundary import Boundary
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.history import History
-from orchestrator.runtime.replica import Replica
+from orchestrator.runtime.parallel import ModelReplica
 from orchestrator.runtime.step import Step
 from orchestrator.runtime.update import WeightUpdate
 from orchestrator.runtime.worker import Worker
@@ -32,7 +32,7 @@ class Setbacks:
         config: RunConfig,
         *,
         worker: Worker,
-        replica: Replica,
+        replica: ModelReplica,
         update: WeightUpdate,
         meter: Meter,
         course: Course,
@@ -51,6 +51,7 @@ class Setbacks:
     def give_up(self, step: Step, size: int) -> None:
         """A micro-batch of ``size`` samples ran out of memory on this rank; the others hear of it in ``go_on``."""
         step.rejected = size // 2  # zero when not even one sample fits: all ranks are told before they give up
+        self._replica.give_up()
         self._update.discard()
         if self._worker.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from orchestrator.errors import SessionError
@@ -22,7 +23,9 @@ class Step:
     measured: bool
     loss_scale: float  # of AMP
     began_s: float
+    company: tuple[tuple[int, int], ...] = ()  # spans besides, computed with weight zero to keep other ranks company
     micro: tuple[int, bool] | None = None  # size and whether it is the last, until backward() takes it
+    weightless: bool = False  # whether the micro-batch at hand is of the company
     done: int = 0  # micro-batches
     rejected: int | None = None  # the most samples to try next, after memory ran out here
     again: bool = False  # the same samples come again
@@ -61,12 +64,15 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def backward_seed(loss: Tensor) -> Tensor | None:
-    """One, which is what autograd begins with by itself; NaN for a loss that is not finite.
+def backward_seed(loss: Tensor, *, weightless: bool = False) -> Tensor | None:
+    """One, which is what autograd begins with by itself; NaN for a loss that is not finite, and zero for a
+    ``weightless`` one: the rank that trains on it says so.
 
     Every rank then sees such a loss in the mean gradient, though its own gradient be finite; but for one that no
     gradient flows back from, which the ranks hear of at their next exchange.
     """
+    if weightless:
+        return torch.zeros_like(loss)
     if loss.device.type == "cpu" and math.isfinite(loss.item()):
         return None
     return loss.detach() * 0 + 1  # a device is not waited for
