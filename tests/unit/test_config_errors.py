@@ -27,6 +27,7 @@ optimizer:
 """
 
 SGD = "  name: sgd\n  lr: 0.05\n  momentum: 0.9"
+BATCH = "batch:\n  initial: 32\n  micro_batch: 32\n  max: 512\n"
 ADAM = "  name: adam\n  lr: 0.05"
 
 
@@ -54,6 +55,13 @@ def changed(name: str, key: str, value: str, hint: str, line: int | None = None)
     section, field = key.split(".")
     (old,) = [each for each in GOOD.split(f"{section}:\n")[1].splitlines()[:4] if each.startswith(f"  {field}:")]
     return Case(name, f"  {field}: {value}", key, value, hint, old, line)
+
+
+def sharded(name: str, key: str, value: str, hint: str) -> Case:
+    """``key: value`` where the model is sharded."""
+    section, field = key.split(".")
+    new = f"  epochs: 60\n  parallel: fsdp2\n{section}: {{{field}: {value}}}"
+    return Case(name, new, key, value, hint, "  epochs: 60")
 
 
 def added_to_vr(name: str, field: str, value: str, hint: str) -> Case:
@@ -102,6 +110,39 @@ CASES = [
     Case("unknown precision", "  precision: fp16", "train.precision", "fp16", "fp32, bf16", "  epochs: 60"),
     added("unknown estimator", "measure.estimator", "ranks", "micro_batch"),
     added("nearly an estimator", "measure.estimator", "per_sample", "did you mean per_example?"),
+    *(
+        sharded(name, key, value, hint)
+        for name, key, value, hint in (
+            ("layers of shards", "measure.estimator", "per_example", "write micro_batch, or split"),
+            ("norm layers of shards", "measure.estimator", "norm_layers", "write micro_batch, or split"),
+            ("curvature of shards", "measure.curvature_every_samples", "4096", "remove it, or train.parallel: ddp"),
+        )
+    ),
+    Case(
+        "shards left unused",
+        "  epochs: 60\n  parallel: fsdp2\n  find_unused_parameters: true",
+        "train.find_unused_parameters",
+        "true",
+        "a parameter that no step uses needs no word",
+        "  epochs: 60",
+    ),
+    Case(
+        "parts of shards",
+        f"  epochs: 60\n  parallel: fsdp2\n{BATCH}optimizer: {{name: clars, lr: 0.1, part_samples: 8}}",
+        "optimizer.part_samples",
+        "8",
+        "choose another optimizer, such as lamb",
+        f"  epochs: 60\n{BATCH}optimizer:\n{SGD}",
+    ),
+    Case(
+        "shards in Adam's metric",
+        f"  epochs: 60\n  parallel: fsdp2\n{BATCH}optimizer:\n{ADAM}\nmeasure: {{preconditioned: true}}",
+        "measure.preconditioned",
+        "true",
+        "remove it, or train.parallel: ddp",
+        f"  epochs: 60\n{BATCH}optimizer:\n{SGD}",
+    ),
+    Case("nearly fsdp2", "  epochs: 60\n  parallel: fsdp", "train.parallel", "fsdp", "fsdp2", "  epochs: 60"),
     added("left out of micro-batches", "measure.leave_out", "[head]", "write estimator: per_example"),
     added("a calibration of others", "measure.calibration_samples", "4096", "write estimator: norm_layers"),
     added("no calibration", "measure.calibration_samples", "0", "1"),
