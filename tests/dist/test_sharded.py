@@ -27,7 +27,7 @@ from orchestrator.runtime.sharding import shard
 from orchestrator.runtime.worker import local_worker
 from orchestrator.session import Session
 from orchestrator.train import train as train_task
-from tests.support import blobs, config, cross_entropy, mlp, run_fleet
+from tests.support import EAGER, blobs, config, cross_entropy, mlp, run_fleet
 
 pytestmark = pytest.mark.dist
 
@@ -62,6 +62,10 @@ def small() -> nn.Module:
 
 def starve_in_backward(module: nn.Module, inputs: Any, output: Tensor) -> None:
     output.register_hook(starve)
+
+
+def slow(parameters: Any, *, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr / 16)
 
 
 class Planted:
@@ -235,6 +239,13 @@ def run_all(rank: int, cases: dict[str, Callable[[Path], Any]], root: str) -> di
     return {name: case(Path(root) / name) for name, case in cases.items()}
 
 
+BRANCHED = {
+    **EAGER,
+    "policy": "branched",
+    "branch_every_samples": 256,
+    "branch_samples": 256,
+    "branch_tolerance": 0.05,
+}
 DECIDES = {"mode": "advise", "policy": "noise_scale", "every_samples": 48}
 GROWS = {"mode": "act", "policy": "schedule", "ramp": [[48, 40]], "every_samples": 16, "deadband": 1.0}
 # By the number of ranks: what is trained under DDP and under FSDP2.
@@ -246,6 +257,7 @@ TWINS: dict[int, dict[str, dict[str, Any]]] = {
         "the batch grows": {"batch": 16, "train": {"samples": 200}, "controller": GROWS},
         "AdamW and a loss scale": {"batch": 24, "optimizer": torch.optim.AdamW, "scaled": True},
         "LAMB, by layer": {"batch": 24, "optimizer": LAMB, "measure": {"groups": "layers"}, "controller": DECIDES},
+        "branches": {"make": mlp, "batch": 16, "optimizer": slow, "train": {"samples": 800}, "controller": BRANCHED},
         "one split": {"batch": MICRO, "measure": {"estimator": "split"}},
     },
     4: {
@@ -328,24 +340,24 @@ def differ(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
     )
 
 
-BUFFERS = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}  # each rank's own within a step
+BUFFERS = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 EVERY = [(world_size, name) for world_size, twins in TWINS.items() for name in twins] + [(2, "saved")]
 
 
 @pytest.mark.parametrize(("world_size", "name"), EVERY)
 def test_losses_moments_and_weights_are_those_of_ddp(found: Found, world_size: int, name: str) -> None:
     sharded, ddp = f"fsdp2: {name}", f"ddp: {name}"
-    keys = ("step", "global_batch", "accum_steps", "lr", "verdict")
+    keys = ("step", "global_batch", "accum_steps", "verdict")
     assert rows(found.path(world_size, sharded), *keys) == rows(found.path(world_size, ddp), *keys)
-    numbers = ("loss", "grad_sq", "trace_cov")
+    numbers = ("loss", "lr", "grad_sq", "trace_cov")
     for mine, theirs in zip(
         rows(found.path(world_size, sharded), *numbers), rows(found.path(world_size, ddp), *numbers), strict=True
     ):
-        assert mine[0] == pytest.approx(theirs[0], rel=SUMS)
+        assert mine[:2] == pytest.approx(theirs[:2], rel=SUMS)
         # The moments are differences of sums of this size.
-        assert mine[1:] == pytest.approx(theirs[1:], abs=SUMS * (abs(theirs[1]) + abs(theirs[2])))
-    results = found.results[world_size]
-    assert differ(results[0][sharded], results[0][ddp]) < SUMS
+        assert mine[2:] == pytest.approx(theirs[2:], abs=SUMS * (abs(theirs[2]) + abs(theirs[3])))
+    for each in found.results[world_size]:  # buffers are each rank's own within a step
+        assert differ(each[sharded], each[ddp]) < SUMS
     assert ledger.verify(found.path(world_size, sharded) / "run").violation is None
 
 
@@ -356,6 +368,7 @@ def test_every_rank_holds_the_same_weights_and_the_measured_runs_measured(found:
             assert all(each == weights[0] for each in weights), name
     for world_size, name in EVERY:
         assert all(noise is not None for (noise,) in rows(found.path(world_size, f"fsdp2: {name}"), "trace_cov"))
+    assert events(found.path(2, "fsdp2: branches"), "branches")
     batches = [batch for (batch,) in rows(found.path(2, "fsdp2: the batch grows"), "global_batch")]
     assert {16, 40} <= set(batches)
 
