@@ -46,14 +46,14 @@ class Lockstep:
         self._collective = collective
         self._known: tuple[Exchange, ...] | None = None
         self._seen: list[Exchange] = []  # of the pass at hand
-        self._within = False
+        self.within_pass = False
 
     def begin_pass(self) -> None:
-        self._seen, self._within = [], True
+        self._seen, self.within_pass = [], True
 
     def about_to(self, exchange: Exchange) -> None:
         """Collective in the first pass. Raises ``SessionError`` where the order is not that of the others."""
-        if not self._within:  # an evaluation, or a pass that is played
+        if not self.within_pass:  # an evaluation, or a pass that is played
             return
         if self._known is None:
             self._agree(exchange)
@@ -63,7 +63,7 @@ class Lockstep:
 
     def end_pass(self) -> None:
         """Collective in the first pass. The pass was computed to its end on this rank."""
-        self._within = False
+        self.within_pass = False
         if self._known is None:
             self._agree(_END)
             self._known = tuple(self._seen)
@@ -75,7 +75,7 @@ class Lockstep:
 
         In the first pass as long as any rank computes.
         """
-        self._within = False
+        self.within_pass = False
         if self._known is not None:
             yield from self._known[len(self._seen) :]
             return

@@ -136,8 +136,9 @@ class ShardedReplica:
         self._in_model = True
 
     def _after_forward(self, *_: Any) -> None:
-        # Without a backward pass the outermost weights would stay gathered, and go stale when others are put in.
-        if not torch.is_grad_enabled():
+        # The outermost weights stay gathered for a backward pass. Where none follows, as in an evaluation, they would
+        # go stale when others are put in.
+        if not self._lockstep.within_pass:
             self._reshard()
 
     def _reshard(self) -> None:

@@ -23,6 +23,7 @@ from orchestrator.core.cursor import Stream
 from orchestrator.optim import LAMB
 from orchestrator.runtime import folder, ledger
 from orchestrator.runtime.checkpoints import verify
+from orchestrator.runtime.parallel import replica_of
 from orchestrator.runtime.sharding import shard
 from orchestrator.runtime.worker import local_worker
 from orchestrator.session import Session
@@ -229,10 +230,14 @@ def trained_task(path: Path, *, parallel: str) -> None:
     train_task(settings, local_worker(settings), resume=False)
 
 
-def units_of(path: Path, *, make: Make) -> list[str]:
+def units_of(path: Path, *, make: Make) -> tuple[list[str], str | None]:
+    """What is gathered by itself, and why other ranks cannot go on with it."""
     settings = config(path, train={"parallel": "fsdp2"})
-    model = shard(make(), settings, local_worker(settings))
-    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    worker = local_worker(settings)
+    model = shard(make(), settings, worker)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    replica = replica_of(settings, model=model, optimizer=optimizer, worker=worker)
+    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)], replica.fixed_group
 
 
 def run_all(rank: int, cases: dict[str, Callable[[Path], Any]], root: str) -> dict[str, Any]:
@@ -293,6 +298,9 @@ def cases_of(world_size: int) -> dict[str, Callable[[Path], Any]]:
     for parallel in ("ddp", "fsdp2"):
         later = partial(train, parallel=parallel, **LATER["saved"])
         cases |= {f"{parallel}: saved": later, f"{parallel}: task": partial(trained_task, parallel=parallel)}
+        cases[f"{parallel}: passed over"] = partial(
+            train, parallel=parallel, scaled=True, optimizer=slow, planted=Planted("NaN", rank=1, step=1, micro=0)
+        )
     return cases | {
         "unmeasured": partial(train, **TWINS[2]["three each, clipped"], measure={"every_steps": 1000}),
         "not finite": partial(failure_of, function=train, planted=Planted("NaN", rank=1, step=2)),
@@ -415,6 +423,13 @@ def test_a_sharded_checkpoint_goes_on_in_one_process_without_shards(found: Found
     assert differ(alone, found.results[2][0]["ddp: saved"]) < SUMS
 
 
+def test_a_gradient_scaler_passes_over_a_step_on_all_ranks_alike(found: Found) -> None:
+    for each in found.results[2]:
+        assert differ(each["fsdp2: passed over"], each["ddp: passed over"]) < SUMS
+    taken = rows(found.path(2, "fsdp2: passed over"), "step", "loss")
+    assert [loss is None for _, loss in taken] == [step == 1 for step, _ in taken]
+
+
 STARVED_CASES = [(world_size, name) for world_size, starved in STARVED.items() for name in starved]
 
 
@@ -474,4 +489,6 @@ def test_what_cannot_be_sharded_is_refused_on_all_ranks_alike(found: Found, name
 
 
 def test_blocks_are_gathered_by_themselves_and_all_the_rest_together(found: Found) -> None:
-    assert found.results[2][0]["units"] == ["", "blocks.0", "blocks.1"]
+    units, fixed = found.results[2][0]["units"]
+    assert units == ["", "blocks.0", "blocks.1"]
+    assert "begin from a checkpoint" in fixed

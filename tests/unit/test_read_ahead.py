@@ -49,6 +49,15 @@ def test_a_span_off_the_course_is_refused_and_no_hang(course: list[tuple[int, in
     loader.close()
 
 
+def test_a_span_off_the_course_may_be_read_here_and_now_and_the_course_goes_on() -> None:
+    loader = PositionLoader(list(range(100)), index_of=identity, seed=0, loader_workers=1)
+    loader.set_course([(0, 4), (4, 4)])
+    assert loader.take(0, 4).tolist() == [0, 1, 2, 3]
+    assert loader.take(0, 4, off_course=True).tolist() == [0, 1, 2, 3]
+    assert loader.take(4, 4).tolist() == [4, 5, 6, 7]
+    loader.close()
+
+
 @pytest.mark.parametrize("course", [[(0, 4), (2, 4)], [(0, 4), (4, 0)]])
 def test_a_course_that_does_not_rise_is_refused(course: list[tuple[int, int]]) -> None:
     loader = PositionLoader(list(range(100)), index_of=identity, seed=0, loader_workers=1)
