@@ -14,6 +14,7 @@ the learning rate, changes of plan and checkpoints happen inside; the model and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -26,7 +27,7 @@ from orchestrator.config import RunConfig
 from orchestrator.core.companions import StepScale
 from orchestrator.core.cursor import Stream
 from orchestrator.core.curvature import CurvatureStats
-from orchestrator.errors import SessionError, TaskError
+from orchestrator.errors import SessionError, StorageError, TaskError
 from orchestrator.measure.estimators import find_estimator
 from orchestrator.measure.meter import Reading
 from orchestrator.ports import Collective
@@ -55,6 +56,8 @@ from orchestrator.runtime.update import WeightUpdate, check_parts
 from orchestrator.runtime.worker import Worker, local_worker
 from orchestrator.tasks.protocol import check_dataset
 from orchestrator.types import BatchPlan
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -411,7 +414,12 @@ class Session:
         if error is not None:
             self._boundary.abandon()
             self._history.journal.fault(error, step=self.step_number, samples_seen=self.samples_seen)
-        self.close()
+        try:
+            self.close()
+        except StorageError:
+            if error is None:
+                raise
+            logger.exception("training has failed, and the storage as well")
 
     # One step, in order
 

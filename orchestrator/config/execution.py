@@ -101,6 +101,11 @@ class RecoverySection(Section):
     max_failures: int = Field(
         default=3, ge=0, description="[failures] a run goes on from its last checkpoint so often; 0: never"
     )
+    storage_patience_s: float = Field(
+        default=1800.0,
+        ge=0,
+        description="[s] a run whose folder cannot be written goes on for so long, then stops with what can be saved",
+    )
     accept_changed: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
         description="[list of keys] task.name, task.options or data.seed_each_sample: go on though they are others now",

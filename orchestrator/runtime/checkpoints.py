@@ -349,8 +349,10 @@ def _cause(error: BaseException) -> str:
 
 
 def _make_empty(path: Path) -> None:
+    """Not the run's folder as well: where that is gone, so may a network path be, and this is not its place."""
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir()
 
 
 def _commit(partial: Path, final_path: Path, meta: str) -> None:

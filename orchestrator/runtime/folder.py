@@ -7,16 +7,20 @@ the checkpoint stay, and a reader keeps the highest attempt of each step. Unknow
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, final
+from typing import Any, final
 
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import RunFolderError, StorageError
+from orchestrator.runtime.patient_file import Outage, PatientFile
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
@@ -28,43 +32,84 @@ STOP_REQUEST = "stop.request"
 LOCK = ".lock"
 LAUNCHER_LOCK = ".launcher.lock"
 
+MOST_WAITING_BYTES = 64 << 20  # a few hundred thousand steps
 PATIENCE_S = 10.0  # for an attempt that has just ended to let go
 
 
 @final
 class RunWriter:
-    """Appends to the run's files. Raises ``StorageError`` when the storage refuses.
+    """Appends to the run's files. What the storage refuses waits in memory, once it has taken a first line.
 
     Holds the folder's lock until it is closed, or its process ends; raises ``RunFolderError`` if another one does.
     """
 
-    def __init__(self, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, folder: Path, *, patience_s: float = PATIENCE_S, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self.folder = folder
-        self._files: dict[str, TextIO] = {}
+        self.outage = Outage(now)
+        self._files: dict[str, PatientFile] = {}
+        self._began = False
+        self._notes: list[str] = []
         self._lock = take_lock(folder, patience_s=patience_s)
         self.attempt = next_attempt(folder)
 
     def append(self, name: str, *rows: Mapping[str, Any]) -> None:
-        """Add a line for each row, flushed, so that a reader or a crash sees whole lines but for the last."""
+        """Add a line for each row, at once, so that a reader or a crash sees whole lines but for the last.
+
+        Raises ``StorageError`` where not even the first line of all can be written.
+        """
+        file = self._files.setdefault(name, PatientFile(self.folder / name))
+        lines = (json.dumps({"attempt": self.attempt} | {k: _known(v) for k, v in row.items()}) for row in rows)
+        waited = self.waiting
         try:
-            if name not in self._files:
-                self._files[name] = _open_for_append(self.folder / name)
-            file = self._files[name]
-            lines = (json.dumps({"attempt": self.attempt} | {k: _known(v) for k, v in row.items()}) for row in rows)
-            file.write("".join(line + "\n" for line in lines))
-            file.flush()
+            file.append((line + "\n").encode() for line in lines)
+            for other in self._files.values() if waited else ():
+                other.append(())
         except OSError as error:
-            raise StorageError(
-                f"cannot write {self.folder / name}: {error}; make room or mend the storage, then resume the run"
-            ) from error
+            why = f"cannot write {self.folder / name}: {error}"
+            if not self._began:
+                raise StorageError(f"{why}; make room or mend the storage, then resume the run") from error
+            if self.outage.failed(why):
+                self._notes.append(f"{why}; lines are kept in memory, and training goes on")
+                logger.warning("%s", self._notes[-1])
+            return
+        self._began = True
+        if self.outage.over():
+            self._notes.append(f"the storage takes lines again; {waited} that waited are written")
+            logger.warning("%s", self._notes[-1])
+
+    @property
+    def waiting(self) -> int:
+        """How many lines wait for the storage."""
+        return sum(file.waiting for file in self._files.values())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as much waits as should be kept."""
+        return sum(file.waiting_bytes for file in self._files.values()) > MOST_WAITING_BYTES
+
+    def notes(self) -> list[str]:
+        """What became of the storage since the last call, for the run's events."""
+        said, self._notes = self._notes, []
+        return said
 
     def close(self) -> None:
-        for file in self._files.values():
-            # What append() could not write is tried again here; it has been reported by then.
-            with suppress(OSError):
-                file.close()
+        """Raises ``StorageError`` that says what is missing, where lines could not be written to the end."""
+        lost = []
+        for name, file in self._files.items():
+            try:
+                file.append(())
+            except OSError as error:
+                lost.append(f"{file.waiting} lines of {self.folder / name} ({error})")
+            file.close()
         self._files = {}
         self._lock.release()
+        if lost:
+            raise StorageError(
+                f"could not be written: {'; '.join(lost)}; make room or mend the storage, then resume the run: it "
+                "trains again what its newest checkpoint has not"
+            )
 
 
 @contextmanager
@@ -191,15 +236,6 @@ def surviving(path: Path) -> list[dict[str, Any]]:
             kept = {s: r for s, r in kept.items() if s < step}
         kept[step] = row
     return [kept[step] for step in sorted(kept)]
-
-
-def _open_for_append(path: Path) -> TextIO:
-    """Open for appending, without the half line that a crash may have left at the end."""
-    if path.exists():
-        with path.open("r+b") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
-    return path.open("a", encoding="utf-8")
 
 
 def _known(value: Any) -> Any:

@@ -33,6 +33,7 @@ from orchestrator.runtime.checkpoints import CheckpointStore, Fault
 from orchestrator.runtime.control import ControlDesk, standing_orders
 from orchestrator.runtime.ema import EmaWeights, tied_names
 from orchestrator.runtime.journal import FinishedStep, Journal, Moment
+from orchestrator.runtime.patient_file import Outage
 from orchestrator.runtime.preparation import prepare, run_folder
 from orchestrator.runtime.resume_checks import (
     NOT_OF_THIS_VERSION,
@@ -47,6 +48,8 @@ from orchestrator.runtime.worker import Worker
 from orchestrator.types import ApplyPlan, Branched, Event, Target
 
 logger = logging.getLogger(__name__)
+
+_TRIES_APART = 0.1  # of the patience with the storage
 
 _IN_FORCE_TYPES: Mapping[str, type] = {cls.__name__: cls for cls in (InForce, Ramp, Target)}
 
@@ -101,6 +104,8 @@ class History:
         )
         self._saved_step: int | None = None
         self._saving: _Saving | None = None
+        self._outage = Outage(worker.now)  # of checkpoints
+        self._storage_trouble: str | None = None  # that the run ends for
         self._dataset_size = dataset_size
         self.journal = Journal(config, worker=worker, rules=rules, dataset_size=dataset_size)
         self._desk = ControlDesk(self._folder, journal=self.journal, rules=rules, workers_stay=worker.workers_stay)
@@ -229,16 +234,29 @@ class History:
             self.journal.decision(step, action)
             plan = action if isinstance(action, ApplyPlan) else plan
         self._announced = plan or self._announced
-        requested = os.path.exists(self._stop_request) or self._desk.wants_stop
+        requested = os.path.exists(self._stop_request) or self._desk.wants_stop or self._gives_up_on_storage()
         return replace(
             said,
             plan=plan,
             stop=said.stop or commands.stop is not None or requested,
             hold=commands.hold is not None,
-            save=self._desk.asks_to_save() or commands.save is not None,
+            save=self._desk.asks_to_save() or commands.save is not None or self._tries_to_save_again(),
             saved_step=self._store.under_way if self._store.is_written else None,
             rest_steps=rest_steps,
         )
+
+    def _tries_to_save_again(self) -> bool:
+        """Whether a checkpoint failed, and some time has passed; none comes due soon where they are far apart."""
+        return self._outage.tries_again(_TRIES_APART * self._config.recovery.storage_patience_s)
+
+    def _gives_up_on_storage(self) -> bool:
+        """Whether the folder could not be written for longer than the config is patient."""
+        patience_s = self._config.recovery.storage_patience_s
+        trouble = self.journal.storage_trouble(patience_s)
+        if trouble is None and self._outage.lasted_s > patience_s:
+            trouble = f"{self._outage.why}; no checkpoint was written for {self._outage.lasted_s:.0f} s"
+        self._storage_trouble = trouble or self._storage_trouble
+        return trouble is not None
 
     def _coming(self) -> ApplyPlan | None:
         """The decision on its way. Waits for it to be taken, where that is due."""
@@ -395,6 +413,7 @@ class History:
         }
 
     def _say_saved(self, path: str, saving: _Saving, *, took_s: float) -> None:
+        self._outage.over()
         self.journal.event(
             "checkpoint",
             reason=saving.why,
@@ -406,6 +425,7 @@ class History:
         )
 
     def _say_not_saved(self, error: CheckpointError, at: Moment) -> None:
+        self._outage.failed(str(error))
         self.journal.event("checkpoint_failed", reason=str(error), step=at.step, samples_seen=at.samples_seen)
 
     def hold_failed(self) -> None:
@@ -427,7 +447,7 @@ class History:
             ordered = self._stop_reason is None and self._desk.wants_stop
             self.journal.event(
                 "stopped",
-                reason=self._stop_reason or ("by order" if ordered else reason or "asked to"),
+                reason=self._stop_reason or self._storage_trouble or ("by order" if ordered else reason or "asked to"),
                 step=step,
                 samples_seen=samples_seen,
                 budget_worker_hours=None if self._stop_reason is None else self._config.budget.limit_worker_hours,

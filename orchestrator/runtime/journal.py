@@ -88,7 +88,7 @@ class Journal:
 
     def open(self, path: Path) -> None:
         """Begin a new attempt in the folder at ``path``."""
-        self._writer = RunWriter(path)
+        self._writer = RunWriter(path, now=self._worker.now)
         self.paid.limit(path)
 
     def memory(self) -> dict[str, Any]:
@@ -292,7 +292,15 @@ class Journal:
             row["paid_s"] = self.paid.now_s
         self._append(folder.EVENTS, row | {"reason": reason} | evidence)
 
+    def storage_trouble(self, patience_s: float) -> str | None:
+        """Why no more lines should be kept: they have waited for too long, or are too many."""
+        writer = self._writer
+        if writer is None or not (writer.outage.lasted_s > patience_s or writer.is_full):
+            return None
+        return f"{writer.outage.why}, for {writer.outage.lasted_s:.0f} s, and {writer.waiting} lines wait"
+
     def close(self) -> None:
+        """Raises ``StorageError`` where lines could not be written to the end."""
         self._trackers.close()
         try:
             self._write_notes()
@@ -325,6 +333,8 @@ class Journal:
             self._writer.append(name, *rows)
             self._trackers.take(name, rows)
             self._write_notes()
+            for reason in self._writer.notes():
+                self.event("warning", reason=reason, step=None, samples_seen=None)
 
     def _write_notes(self) -> None:
         for note in self._trackers.notes():

@@ -84,7 +84,7 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "data": "loader_workers prefetch pin_memory seed_each_sample",
         "evaluation": "every_samples",
         "checkpoint": "every_samples keep asynchronous",
-        "recovery": "max_failures accept_changed",
+        "recovery": "max_failures storage_patience_s accept_changed",
         "cluster": "image image_pull_secrets name namespace service_account head worker_groups storage "
         "active_deadline_s pre_running_deadline_s ttl_s backoff_limit idle_timeout_s kueue pod_monitor env secret_env "
         "labels annotations",

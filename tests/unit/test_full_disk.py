@@ -112,12 +112,22 @@ def test_the_command_ends_with_an_error_when_the_last_checkpoint_was_not_written
     assert_readable(tmp_path)
 
 
-def test_a_disk_too_full_for_a_line_of_metrics_is_a_storage_error_that_names_the_file(tmp_path: Path) -> None:
+def test_a_disk_too_full_for_a_line_of_metrics_costs_no_training_and_the_end_is_an_error(tmp_path: Path) -> None:
     # Room for the resolved config and some lines.
     ((kind, told),) = run_fleet(member, 1, wide, str(tmp_path), 40, 0, 100, 5_000)
-    assert kind == "StorageError"
-    assert folder.METRICS in told or folder.EVENTS in told
-    assert "then resume the run" in told
-    list(folder.rows(tmp_path / "run" / folder.METRICS))  # the torn last line is left out
+    assert kind == "CheckpointError"
+    assert "checkpoint of step 40 was not written" in told
+    list(folder.rows(tmp_path / "run" / folder.METRICS))  # a torn last line is left out
     trained(tmp_path, resume=True, model=mlp(width=300), sections={"train": {"samples": 40 * BATCH}, "ledger": True})
     assert_readable(tmp_path)
+
+
+def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path: Path) -> None:
+    assert run_fleet(member, 1, wide, str(tmp_path), 60, 0, 50, 5_000) == [True]
+    assert [step for (step,) in rows_of(tmp_path, "step")] == list(range(60))
+    assert_readable(tmp_path)
+    first, *others = [e["reason"] for e in events(tmp_path, "warning")]
+    assert "File too large" in first
+    assert "lines are kept in memory, and training goes on" in first
+    assert "the storage takes lines again" in others[-1]
+    assert [e["step"] for e in events(tmp_path, "checkpoint")][-1] == 60
