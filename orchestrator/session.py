@@ -416,10 +416,10 @@ class Session:
             self._history.journal.fault(error, step=self.step_number, samples_seen=self.samples_seen)
         try:
             self.close()
-        except StorageError:
+        except StorageError as lost:
             if error is None:
                 raise
-            logger.exception("training has failed, and the storage as well")
+            logger.error("%s", lost)  # what training ended with is raised
 
     # One step, in order
 
