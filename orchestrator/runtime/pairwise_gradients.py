@@ -32,7 +32,8 @@ class PairwiseGradients:
 
     ``totals`` are tensors that a micro-batch adds to besides ``.grad``, such as statistics of it; they are summed in
     the same way, from zero in each. A rank holds the sums of its blocks: with a run of n micro-batches at most
-    log2(n) + 1 gradients at once. Raises ``SessionError`` for a gradient that is sparse.
+    log2(n) + 1 gradients at once where it begins at a multiple of n, else 2 log2(n) + 1. Raises ``SessionError`` for a
+    gradient that is sparse.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class PairwiseGradients:
         self._own: Partials[Values] = Partials()
         self._done = 0
         by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+        self._likes: list[Tensor] = [*self._parameters, *totals]
         for number, like in enumerate(self._likes):
             by_dtype[like.dtype].append(number)
         self._by_dtype = tuple(by_dtype.values())
@@ -119,10 +121,6 @@ class PairwiseGradients:
         for block, row in zip(every_block, received.view(-1, share), strict=True):
             partials = partials.plus(block, row, add=Tensor.add_)
         return self._collective.all_gather(partials.total(add=Tensor.add_))
-
-    @property
-    def _likes(self) -> list[Tensor]:
-        return [*self._parameters, *self._totals]
 
     @property
     def _at_hand(self) -> BatchPlan:

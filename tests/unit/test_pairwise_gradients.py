@@ -158,8 +158,10 @@ def test_running_statistics_are_those_of_the_first_micro_batch_on_any_layout() -
         for step in range(3):
             plan = BatchPlan(generation=0, world_size=collective.world_size, batch=4, micro_batch=1)
             first.begin_step()
+            before = statistic.tolist()
             for number in plan.run(collective.rank):
                 first.begin_micro_batch()
+                assert statistic.tolist() == before  # which a forward pass may read, as it does in a codebook
                 statistic *= 0.5
                 statistic += number + step
                 count += 1
