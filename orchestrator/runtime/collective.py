@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# As torch 2.13 calls it, where its older name is deprecated.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @final
 class Solo:
@@ -81,8 +84,7 @@ class ProcessGroupCollective:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty(self.world_size * tensor.numel())
-        # The list is what every supported torch has; all_gather_into_tensor is deprecated, its successor is new.
-        dist.all_gather(list(gathered.split(tensor.numel())), tensor)
+        _all_gather_single(gathered, tensor)
         return gathered
 
     def broadcast(self, tensor: Tensor) -> None:
