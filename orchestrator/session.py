@@ -40,6 +40,7 @@ from orchestrator.runtime.course import Course
 from orchestrator.runtime.curvature import Curvature, LossOf
 from orchestrator.runtime.ema import EmaWeights
 from orchestrator.runtime.exchange import Exchange, OwnStep
+from orchestrator.runtime.fitting import Fitting
 from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
 from orchestrator.runtime.loader import PositionLoader
@@ -52,6 +53,7 @@ from orchestrator.runtime.setbacks import Setbacks
 from orchestrator.runtime.sharding import is_sharded
 from orchestrator.runtime.step import Step, backward_seed, check_loss
 from orchestrator.runtime.transfer import move
+from orchestrator.runtime.trials import Trials
 from orchestrator.runtime.update import WeightUpdate, check_parts
 from orchestrator.runtime.worker import Worker, local_worker
 from orchestrator.tasks.protocol import check_dataset
@@ -186,6 +188,26 @@ class Session:
             boundary=self._boundary,
             history=self._history,
         )
+        trials = Trials(
+            config,
+            model=self._replica.model,
+            optimizer=optimizer,
+            dataset=dataset,
+            collate=collate,
+            worker=self.worker,
+            update=self._update,
+            meter=self._meter,
+            groups=self._groups,
+        )
+        self._fitting = Fitting(
+            config,
+            rules,
+            dataset_size=len(dataset),
+            worker=self.worker,
+            trials=trials,
+            course=self._course,
+            history=self._history,
+        )
         self._randomness = SampleRandomness(config.run.seed, device)
         self._step: Step | None = None
         resumed = self._history.begin(resume=resume)
@@ -229,6 +251,7 @@ class Session:
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
         """One item an optimizer step; each is an iterator over the micro-batches that this rank takes."""
+        self._fitting.check_asked()
         if not self._boundary.is_last:
             self._boundary.branches()  # due where the run stopped
         while not self._boundary.is_last:
@@ -242,6 +265,15 @@ class Session:
                 )
             self._boundary.cross()
         self.finished = self._boundary.end()
+
+    def find_micro_batch(self, loss_of: LossOf) -> None:
+        """Collective, before the loop. Find the largest micro-batch that fits, where ``batch.find_micro_batch`` is set.
+
+        ``loss_of(model, batch)`` is the mean loss of a batch, computed with the plain module it is given. Training
+        begins as if nothing had happened, in micro-batches of at most what was found. Does nothing in a run that goes
+        on, which remembers it. Raises ``SessionError`` where not even one sample fits.
+        """
+        self._fitting.find(loss_of)
 
     def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor | None:
         """Run the backward pass of one micro-batch, weighted by its samples; returns the detached mean loss.

@@ -41,6 +41,7 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
         resume=resume,
     )
     with session:
+        session.find_micro_batch(partial(_loss, task, config=config, worker=worker))
         for step in session:
             for batch in step:
                 session.backward(partial(_loss, task, session.model, batch, config=config, worker=worker))
@@ -49,7 +50,7 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
                 session.measure_curvature(partial(_loss, task, config=config, worker=worker))
             if session.evaluation_due:
                 with session.ema_weights():
-                    session.record_evaluation(evaluate(task, model, config, worker))
+                    session.record_evaluation(evaluate(task, model, config, worker, chunk=_chunk(config, session)))
     return session.finished
 
 
@@ -70,14 +71,17 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) -> dict[str, float]:
-    """The task's metrics over its held-out set, each rank taking every so-many-th batch; the same on all ranks."""
+def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker, *, chunk: int) -> dict[str, float]:
+    """The task's metrics over its held-out set, each rank taking every so-many-th batch; the same on all ranks.
+
+    A batch has ``chunk`` samples, but for the last.
+    """
     collate = collate_of(task)
     sums: dict[str, float] = {}
     count = 0
     was_training = model.training
     model.eval()
-    size, chunk = len(task.eval_set), config.batch.micro_batch
+    size = len(task.eval_set)
     try:
         for indices in _chunks(size, chunk, worker.rank, worker.world_size, even=is_sharded(model)):
             counts = indices.start < size
@@ -96,6 +100,11 @@ def evaluate(task: Task, model: nn.Module, config: RunConfig, worker: Worker) ->
     names = worker.collective.share(sorted(sums))
     totals = worker.collective.sum([sums.get(name, 0.0) for name in names] + [float(count)])
     return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}
+
+
+def _chunk(config: RunConfig, session: Session) -> int:
+    """In samples. What is configured need not fit where the largest micro-batch that does was looked for."""
+    return session.plan.micro_batch if config.batch.find_micro_batch else config.batch.micro_batch
 
 
 def _numbers(metrics: Any) -> dict[str, float]:

@@ -30,6 +30,12 @@ class BatchSection(Section):
         ge=1,
         description="[samples] floor of the global batch when it may shrink; the same as initial when left out",
     )
+    find_micro_batch: bool = Field(
+        default=False,
+        description="[true or false] on a CUDA device, find before the first step the largest micro-batch that fits in "
+        "memory on every worker, and take none larger; micro_batch is then the most that is tried. On the CPU, where "
+        "it cannot be tried, micro_batch is taken as it is, and an event says so",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> BatchSection:

@@ -82,6 +82,10 @@ def _part_rules(config: RunConfig) -> list[Broken]:
         fix = "write measure.estimator: micro_batch, which compares the parts themselves"
         keys: tuple[str, ...] = ("measure.estimator", "optimizer.part_samples")
         return [Broken(keys=keys, value="split", rule=rule, fix=fix)]
+    if batch.find_micro_batch:
+        rule = f"optimizer.part_samples, {part}, says how large a micro-batch is: another would be another optimizer"
+        fix = "remove it, and write an optimizer.part_samples that fits in memory"
+        return [Broken(keys=("batch.find_micro_batch", "optimizer.part_samples"), value=True, rule=rule, fix=fix)]
     key = "batch.min" if config.controller.shrink and batch.min < batch.initial else "batch.initial"
     lowest = min(batch.min, batch.initial) if key == "batch.min" else batch.initial
     if part > batch.micro_batch:
@@ -178,6 +182,9 @@ def _sharding_rules(config: RunConfig) -> list[Broken]:
     if config.optimizer.part_samples is not None:
         why = f"{config.optimizer.name} compares the gradients of parts, of which each worker keeps a shard alone"
         refused("optimizer.part_samples", config.optimizer.part_samples, why, "choose another optimizer, such as lamb")
+    if config.batch.find_micro_batch:
+        why = "a trial that runs out of memory on one worker would leave the others waiting for its shard"
+        refused("batch.find_micro_batch", True, why, "remove it")
     if config.train.reproducible:
         why = "shards of gradients are summed on their way, in an order that depends on the workers"
         refused("train.reproducible", True, why, "remove it")

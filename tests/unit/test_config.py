@@ -70,8 +70,9 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
     shape = {
         "run": "name dir seed",
         "task": "name options",
-        "train": "samples epochs max_grad_norm precision ema_half_life_samples reproducible parallel find_unused_parameters",
-        "batch": "initial micro_batch max min",
+        "train": "samples epochs max_grad_norm precision ema_half_life_samples reproducible parallel "
+        "find_unused_parameters",
+        "batch": "initial micro_batch max min find_micro_batch",
         "optimizer": "name lr momentum trust nesterov betas eps weight_decay part_samples ratio_floor ratio_beta",
         "schedule": "name warmup_samples start_fraction final_fraction milestones_samples gamma decay_samples",
         "lr_rule": "name exponent peak_batch floor ramp_samples in_samples second_moment",

@@ -119,6 +119,22 @@ CASES = [
         )
     ),
     Case(
+        "shards summed in order",
+        "  epochs: 60\n  parallel: fsdp2\n  reproducible: true",
+        "train.reproducible",
+        "true",
+        "in an order that depends on the workers",
+        "  epochs: 60",
+    ),
+    Case(
+        "trials on shards",
+        f"  epochs: 60\n  parallel: fsdp2\n{BATCH}  find_micro_batch: true",
+        "batch.find_micro_batch",
+        "true",
+        "leave the others waiting",
+        f"  epochs: 60\n{BATCH.rstrip()}",
+    ),
+    Case(
         "shards left unused",
         "  epochs: 60\n  parallel: fsdp2\n  find_unused_parameters: true",
         "train.find_unused_parameters",
@@ -227,6 +243,14 @@ CASES = [
     Case("momentum for adam", "  name: adam", "optimizer.momentum", "0.9", "that uses it: sgd", "  name: sgd", 13),
     Case("betas for sgd", "  betas: [0.9, 0.99]", "optimizer.betas", "[0.9, 0.99]", "uses it: adam, adamw"),
     Case("parts for sgd", "  part_samples: 8", "optimizer.part_samples", "8", "uses it: clars"),
+    Case(
+        "parts that another micro-batch would change",
+        "  max: 512\n  find_micro_batch: true\noptimizer:\n  name: clars\n  part_samples: 8",
+        "batch.find_micro_batch",
+        "true",
+        "optimizer.part_samples that fits in memory",
+        "  max: 512\noptimizer:\n  name: sgd",
+    ),
     Case("clars without parts", "  name: clars", "optimizer.part_samples", "", "divisor of it", "  name: sgd"),
     Case(
         "parts above the micro-batch",
