@@ -78,7 +78,6 @@ class ShardedReplica:
         in_company = self._own_left == 0
         self._own_left -= not in_company
         self._passes_left -= 1
-        self.gradients.are_read = not in_company
         kept = [buffer.clone() for buffer in self._buffers] if in_company else []
         self._reshard()
         self._in_model = False
@@ -177,7 +176,6 @@ class WholeGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.are_read = True
         self._hooks: dict[int, OrderedDict[int, GradientHook]] = {id(p): OrderedDict() for p in model.parameters()}
         self._gathered: dict[int, Tensor] = {}
         for module in model.modules():
@@ -203,11 +201,10 @@ class WholeGradients:
                 self._gathered[id(shard)] = gathered
                 gathered.register_hook(partial(self._see, self._hooks[id(shard)]))
 
-    def _see(self, hooks: Mapping[int, GradientHook], gradient: Tensor) -> None:
-        if self.are_read and hooks:
-            seen = widened(gradient)
-            for hook in hooks.values():
-                hook(seen)
+    @staticmethod
+    def _see(hooks: Mapping[int, GradientHook], gradient: Tensor) -> None:
+        for hook in hooks.values():
+            hook(widened(gradient))
 
 
 def _of_this_unit(module: nn.Module) -> Iterator[nn.Module]:

@@ -230,6 +230,23 @@ def trained_task(path: Path, *, parallel: str) -> None:
     train_task(settings, local_worker(settings), resume=False)
 
 
+def looked_at_twice(path: Path, *, parallel: str) -> tuple[float, float]:
+    """The loss of some samples with the weights of the last step, and right after with the averaged ones."""
+    settings = config(path, train={"samples": 96, "parallel": parallel, "ema_half_life_samples": 32})
+    worker, model = local_worker(settings), small()
+    shard(model, settings, worker)
+    optimizer, samples = torch.optim.SGD(model.parameters(), lr=0.5), blobs().tensors
+    with Session(settings, model=model, optimizer=optimizer, dataset=blobs(), worker=worker) as session:
+        for step in session:
+            for batch in step:
+                session.backward(cross_entropy(session.model, batch))
+            session.step()
+        with torch.no_grad():
+            own = float(cross_entropy(model, samples))
+            with session.ema_weights():
+                return own, float(cross_entropy(model, samples))
+
+
 def units_of(path: Path, *, make: Make) -> tuple[list[str], str | None]:
     """What is gathered by itself, and why other ranks cannot go on with it."""
     settings = config(path, train={"parallel": "fsdp2"})
@@ -298,6 +315,7 @@ def cases_of(world_size: int) -> dict[str, Callable[[Path], Any]]:
     for parallel in ("ddp", "fsdp2"):
         later = partial(train, parallel=parallel, **LATER["saved"])
         cases |= {f"{parallel}: saved": later, f"{parallel}: task": partial(trained_task, parallel=parallel)}
+        cases[f"{parallel} twice"] = partial(looked_at_twice, parallel=parallel)
         cases[f"{parallel}: passed over"] = partial(
             train, parallel=parallel, scaled=True, optimizer=slow, planted=Planted("NaN", rank=1, step=1, micro=0)
         )
@@ -411,6 +429,13 @@ def test_a_task_evaluates_as_under_ddp_also_where_the_ranks_have_unequal_shares(
     for own, other in zip(mine, theirs, strict=True):
         assert own["loss"] == pytest.approx(other["loss"], rel=SUMS)
         assert own["accuracy"] == pytest.approx(other["accuracy"], abs=1 / 300)
+
+
+def test_averaged_weights_are_used_right_after_those_of_the_last_step(found: Found) -> None:
+    for each in found.results[2]:
+        own, averaged = each["fsdp2 twice"]
+        assert (own, averaged) == pytest.approx(each["ddp twice"], rel=SUMS)
+        assert abs(own - averaged) > 0.01
 
 
 def test_what_was_saved_at_four_goes_on_at_two(found: Found) -> None:
