@@ -24,9 +24,6 @@ from orchestrator.config.worker_pods import job_name
 from orchestrator.errors import ConfigError, GroundswellError, Problem
 
 _IS_MANIFEST = re.compile(r"^(apiVersion|kind):", re.MULTILINE)
-_NO_OBJECT_STORE_YET = (
-    "cluster.storage.object_path: runs are not kept in object stores yet, and the job would not start"
-)
 
 
 def _refusals(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +78,6 @@ def write_manifests(config: str, overrides: tuple[str, ...], kind: Any, explain:
             path = folder / f"{number}-{document['kind'].lower()}.yaml"
             path.write_text(dump([document], why), encoding="utf-8")
             click.echo(str(path))
-    _warn(settings)
 
 
 @k8s_group.command(name="validate")
@@ -118,8 +114,6 @@ def check_manifests(targets: tuple[str, ...], overrides: tuple[str, ...], kind: 
 def apply_manifests(config: str, overrides: tuple[str, ...], kind: Any, dry_run: bool) -> None:
     """Check the manifests of CONFIG and hand them to kubectl apply."""
     settings = _load(config, overrides)
-    if cluster_of(settings).storage.object_path is not None:
-        raise GroundswellError(_NO_OBJECT_STORE_YET)
     text = dump(render(settings, kind=kind))
     if found := check(text, config).problems:
         raise ConfigError(*found)
@@ -184,7 +178,6 @@ def _texts(target: str, overrides: tuple[str, ...], kind: Any) -> list[tuple[str
     if path.is_file() and _IS_MANIFEST.search(text := _read(path)):
         return [(text, target)]
     settings = _load(target, overrides)
-    _warn(settings)
     return [(dump(render(settings, kind=kind)), f"{target}, rendered")]
 
 
@@ -193,8 +186,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(Problem(source=str(path), rule=f"cannot be read: {error}")) from error
-
-
-def _warn(settings: RunConfig) -> None:
-    if cluster_of(settings).storage.object_path is not None:
-        click.echo(f"warning: {_NO_OBJECT_STORE_YET}", err=True)

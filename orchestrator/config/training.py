@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from orchestrator.config.places import is_url, place_of_runs
 from orchestrator.config.section import Broken, NameOf, Section, refuse
 
 TASKS = ("digits", "char_lm")
@@ -23,15 +24,6 @@ def _run_name(name: str) -> str:
     fix = f"write {plain}; run.dir says in which folder the run lies" if plain else "write a name such as my-run"
     refuse([Broken(keys=(), value=name, rule=rule, fix=fix)])
     return name
-
-
-def _folder(path: str) -> str:
-    """A path would take s3://bucket/runs for a folder s3: on this machine, which the next node does not see."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        rule = "runs are kept on a file system, and not yet in an object store"
-        fix = "write a folder that all nodes share, such as a mounted volume"
-        refuse([Broken(keys=(), value=path, rule=rule, fix=fix)])
-    return path
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -63,12 +55,31 @@ class RunSection(Section):
     name: Annotated[str, AfterValidator(_run_name)] = Field(
         description="[name] the run's folder inside run.dir; the config file's own name when left out"
     )
-    dir: Annotated[str, AfterValidator(_folder)] = Field(
-        default="runs", min_length=1, description="[path] folder that holds all runs; all nodes must see the same one"
+    dir: Annotated[str, AfterValidator(place_of_runs)] = Field(
+        default="runs",
+        min_length=1,
+        description="[path or URL] what holds all runs: a folder that all nodes see, or s3://bucket/runs and its like",
+    )
+    scratch: str | None = Field(
+        default=None,
+        min_length=1,
+        description="[path] with a URL: where each node works; null: below the folder for temporary files",
+    )
+    upload_patience_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="[s] with a URL: an end waits for the last uploads until none has moved for so long",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="[number] where all randomness begins: weights, order of data, dropout"
     )
+
+    @model_validator(mode="after")
+    def _rules(self) -> RunSection:
+        if self.scratch is not None and not is_url(self.dir):
+            rule, fix = "only a run that is kept at a URL has one", "remove it; the run's folder is below run.dir"
+            refuse([Broken(keys=("scratch", "dir"), value=self.scratch, rule=rule, fix=fix)])
+        return self
 
 
 class TaskSection(Section):

@@ -13,7 +13,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
 from orchestrator.ray_train.worker import run_worker
-from orchestrator.runtime.preparation import prepare, run_folder
+from orchestrator.runtime.preparation import from_anywhere, prepare, run_folder
 
 DEFAULT_TRAIN = "orchestrator.train:train"
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -36,8 +36,7 @@ class AdaptiveTrainer(TorchTrainer):
         worker_runtime_env: dict[str, Any] | None = None,
     ) -> None:
         # Workers run in folders of their own, so the run's must not depend on the current one.
-        folder = run_folder(config).parent.resolve()
-        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+        config = from_anywhere(config)
         # Ray's own list of checkpoints is behind our store, which may have deleted what it names: once a controller was
         # killed, Ray would refuse the folder.
         (prepare(config, resume=resume) / _RAYS_LIST).unlink(missing_ok=True)
@@ -57,7 +56,7 @@ class AdaptiveTrainer(TorchTrainer):
             ),
             run_config=RayRunConfig(
                 name=config.run.name,
-                storage_path=str(folder),
+                storage_path=str(run_folder(config).parent),
                 failure_config=FailureConfig(max_failures=config.recovery.max_failures),
                 # Our store alone deletes; Ray is only told where the checkpoints are.
                 checkpoint_config=CheckpointConfig(num_to_keep=None),

@@ -22,10 +22,11 @@ from orchestrator.config.differences import Difference
 from orchestrator.core import codec
 from orchestrator.core.controller import Rules
 from orchestrator.core.ramp import InForce, Ramp
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, StorageError
 from orchestrator.ports import Brain, BrainRecord, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
+from orchestrator.runtime.at_url import bring_run, share_run
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.budget_watch import BudgetWatch
 from orchestrator.runtime.calibration import Calibration
@@ -122,6 +123,7 @@ class History:
             try:
                 if not self._worker.folder_ready:
                     prepare(self._config, resume=resume)
+                bring_run(self._config)
                 self.journal.open(self._folder)
             except Exception as error:  # shared below, so that no rank is left waiting
                 problem = error
@@ -135,6 +137,7 @@ class History:
             raise
 
     def _resume_or_start(self) -> Resumed:
+        share_run(self._config, self._worker.collective)
         check_shared(self._folder, self._worker.collective)
         path, meta, faults = self._store.load_latest(self._model, self._optimizer, self._ema)
         record, step, samples_seen, in_force = BrainRecord(), 0, 0, None
@@ -456,6 +459,9 @@ class History:
             if self.journal.is_open:
                 (self._folder / folder.STOP_REQUEST).unlink(missing_ok=True)
         self._desk.ended(path, Moment(step=step, samples_seen=samples_seen))
+        missing = self._worker.collective.share(self.journal.sent() if self._worker.rank == 0 else None)
+        if missing is not None:
+            raise StorageError(missing)
         return path
 
     @property

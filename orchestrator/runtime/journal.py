@@ -24,9 +24,11 @@ from orchestrator.errors import StorageError
 from orchestrator.measure.estimators import find_estimator
 from orchestrator.ports import Welcome
 from orchestrator.runtime import folder, tracking
+from orchestrator.runtime.at_url import mirror_of
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.closing_advice import closing_advice
 from orchestrator.runtime.folder import RunWriter
+from orchestrator.runtime.mirror import Mirror
 from orchestrator.runtime.outlook import Outcome, Outlook
 from orchestrator.runtime.paid_time import PaidTime
 from orchestrator.runtime.scalars import ScalarBoard
@@ -77,6 +79,7 @@ class Journal:
         self._groups: dict[str, NoiseState] = {}
         self._outlook = Outlook()
         self._writer: RunWriter | None = None
+        self._mirror: Mirror | None = None  # where the run is kept at a URL
         self._trackers = Trackers(worker.trackers)
         self.paid = PaidTime(worker)
         # What rank zero saw at the steps whose decisions are on their way.
@@ -89,6 +92,11 @@ class Journal:
     def open(self, path: Path) -> None:
         """Begin a new attempt in the folder at ``path``."""
         self._writer = RunWriter(path, now=self._worker.now)
+        try:
+            self._mirror = mirror_of(self._config, path, say=self._trackers.say)
+        except BaseException:
+            self._writer.close()
+            raise
         self.paid.limit(path)
 
     def memory(self) -> dict[str, Any]:
@@ -299,6 +307,10 @@ class Journal:
             return None
         return f"{writer.outage.why}, for {writer.outage.lasted_s:.0f} s, and {writer.waiting} lines wait"
 
+    def sent(self) -> str | None:
+        """Wait until all of the run is at its URL, where it has one; why it is not, or ``None``."""
+        return None if self._mirror is None else self._mirror.wait()
+
     def close(self) -> None:
         """Raises ``StorageError`` where lines could not be written to the end."""
         self._trackers.close()
@@ -306,6 +318,8 @@ class Journal:
             self._write_notes()
         except StorageError:
             logger.exception("what the trackers said at their end could not be written down")
+        if self._mirror is not None:
+            self._mirror.close()
         if self._writer is not None:
             self._writer.close()
 

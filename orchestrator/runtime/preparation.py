@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.config.differences import differences, refuse_changes
+from orchestrator.config.places import is_url
 from orchestrator.errors import ConfigError, StorageError
 from orchestrator.runtime import folder
 from orchestrator.runtime.tracking import check_libraries
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Where the run lies, for all who ask; ``~`` in ``run.dir`` is the home of the process that asks."""
-    return Path(os.path.expanduser(config.run.dir)) / config.run.name
+    """Where the run lies, for all who ask; ``~`` in ``run.dir`` is the home of the process that asks.
+
+    A run that is kept at a URL lies here only while it trains.
+    """
+    if run_url(config) is None:
+        return Path(os.path.expanduser(config.run.dir)) / config.run.name
+    scratch = config.run.scratch
+    own = Path(tempfile.gettempdir()) / f"groundswell-{os.getuid()}" if scratch is None else Path(scratch).expanduser()
+    return own / hashlib.sha256(config.run.dir.encode()).hexdigest()[:12] / config.run.name
+
+
+def run_url(config: RunConfig) -> str | None:
+    """Where the run is kept, if that is not its folder."""
+    return f"{config.run.dir.rstrip('/')}/{config.run.name}" if is_url(config.run.dir) else None
+
+
+def from_anywhere(config: RunConfig) -> RunConfig:
+    """The same config for processes whose current folder is another one."""
+    above = run_folder(config).parent.resolve()
+    key, place = ("dir", above) if run_url(config) is None else ("scratch", above.parent)
+    return config.model_copy(update={"run": config.run.model_copy(update={key: str(place)})})
 
 
 def prepare(config: RunConfig, *, resume: bool) -> Path:
@@ -26,6 +48,12 @@ def prepare(config: RunConfig, *, resume: bool) -> Path:
     config that the run cannot go on with.
     """
     check_libraries(config)
+    if run_url(config) is not None:
+        from orchestrator.runtime.at_url import (
+            bring_lines,
+        )  # with torch, which few who ask where a run lies have use of
+
+        bring_lines(config)
     folder.check(run_folder(config), resume=resume)
     with claimed(config) as path:
         folder.check(path, resume=resume)  # once more: a run may have begun while the lock was waited for

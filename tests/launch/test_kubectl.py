@@ -95,7 +95,6 @@ def test_a_dry_run_asks_the_server(kubectl: Kubectl) -> None:
     ("override", "words"),
     [
         ("cluster.image=x", "cluster.image"),
-        ("cluster.storage={object_path: 's3://bucket/runs'}", "not kept in object stores yet"),
         ("cluster=null", "cluster:"),
     ],
 )

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
-from launch.bundled import find_config
+from launch.bundled import find_config, read_config
 from launch.cli import main
 from launch.kubernetes.distil import FILE, as_text, distil
 from launch.kubernetes.manifests import entrypoint, render
@@ -21,6 +21,7 @@ from launch.kubernetes.validation import check
 from launch.kubernetes.yaml_text import dump, load
 from orchestrator.config import RunConfig, load_config
 from orchestrator.config.worker_pods import pod_counts
+from orchestrator.runtime.preparation import run_url
 from tests.clusters import REALISTIC, realistic, run_configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -289,18 +290,15 @@ def test_overrides_reach_the_manifests() -> None:
     assert "name: mine-config" in done.stdout
 
 
-def test_an_object_store_is_said_to_hold_no_runs_yet() -> None:
+def test_a_run_in_an_object_store_is_kept_where_the_manifests_say() -> None:
     override = "cluster.storage={object_path: 's3://bucket/runs'}"
     for command in ("render", "validate"):
         done = call(command, "digits_on_kubernetes", "--set", override)
-        assert done.exit_code == 0
-        assert done.stderr.splitlines() == [
-            "warning: cluster.storage.object_path: runs are not kept in object stores yet, and the job would not start"
-        ]
+        assert (done.exit_code, done.stderr) == (0, "")
     words = entrypoint(load_config(find_config("digits_on_kubernetes"), [override])).split()
-    refused = CliRunner().invoke(main, ["run", "digits", *words[words.index("--run-dir") :]])
-    assert refused.exit_code == 2
-    assert "not yet in an object store" in refused.stderr
+    (run_dir,) = words[words.index("--run-dir") + 1 :]
+    config = read_config("digits_on_kubernetes", [override], run_dir=run_dir)
+    assert run_url(config) == f"s3://bucket/runs/{config.run.name}"
 
 
 def readme_block(language: str, beginning: str) -> str:

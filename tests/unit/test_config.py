@@ -68,7 +68,7 @@ def test_four_sections_are_enough_and_the_rest_has_defaults(minimal: Path) -> No
 
 def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
     shape = {
-        "run": "name dir seed",
+        "run": "name dir scratch upload_patience_s seed",
         "task": "name options",
         "train": "samples epochs max_grad_norm precision ema_half_life_samples reproducible parallel "
         "find_unused_parameters",

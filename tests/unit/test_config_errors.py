@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def added_to_vr(name: str, field: str, value: str, hint: str) -> Case:
     return Case(name, new, f"optimizer.{field}", value, hint, "  name: sgd")
 
 
+def place(name: str, url: str, hint: str) -> Case:
+    """``run.dir: url``."""
+    return Case(name, f'run: {{dir: "{url}"}}', "run.dir", json.dumps(url), hint, "run: {name: base}", 1)
+
+
 CASES = [
     # Names
     Case("misspelt key", "  initail: 32", "batch.initail", "32", "did you mean batch.initial?", "  initial: 32", 7),
@@ -83,12 +89,18 @@ CASES = [
         "key in several sections", "every_samples: 5", "every_samples", "5", "controller.every_samples or evaluation."
     ),
     added("unit left out", "schedule.warmup", "100", "schedule.warmup_samples"),
+    place("storage that nobody knows", "s3n://bucket/runs", "did you mean s3://?"),
+    place("the memory of one process", "memory://runs", "s3://bucket/runs"),
+    place("what is only read", "https://example.com/runs", "s3://bucket/runs"),
+    place("a password in a URL", "sftp://me:secret@host/runs", "sftp://bucket/runs; credentials"),
+    place("a chain of file systems", "simplecache::s3://bucket/runs", "s3://bucket/runs"),
+    place("a bucket left out", "s3://", "write s3://bucket/runs"),
     Case(
-        "an object store",
-        "run: {dir: 's3://bucket/runs'}",
-        "run.dir",
-        '"s3://bucket/runs"',
-        "a folder that all nodes share",
+        "a scratch folder of a folder",
+        "run: {scratch: /tmp/x}",
+        "run.scratch",
+        "/tmp/x",
+        "remove it",
         "run: {name: base}",
         1,
     ),
