@@ -20,11 +20,12 @@ import click
 
 from launch import options
 from launch.live import say
+from launch.order_desks import FolderDesk, UrlDesk
+from orchestrator.config.places import is_url
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
-from orchestrator.runtime.control_requests import Order, withdraw_request, write_request
+from orchestrator.runtime.control_requests import Order
 
-_LOOK_EVERY_S = 0.1
 _EXIT_REFUSED = 1
 
 
@@ -66,7 +67,7 @@ def control_command(
     address: str | None,
     allow_unauthenticated: bool,
 ) -> None:
-    """Operate RUN, the folder or the name of a running job; with --address, of one that was submitted.
+    """Operate RUN, the folder, URL or name of a running job; with --address, of one that was submitted.
 
     \b
     hold        the batch stays, and no other number of workers is asked for
@@ -102,10 +103,22 @@ def control_command(
                 allow_unauthenticated=allow_unauthenticated,
             )
             sys.exit(code)
-        sys.exit(_give(_folder_of(run, run_dir), order, caps, timeout_s=timeout_s))
+        with _desk_of(run, run_dir) as desk:
+            code = _give(desk, order, caps, timeout_s=timeout_s)
+        sys.exit(code)
     except GroundswellError as error:
         say(str(error), error=True)
         sys.exit(_EXIT_REFUSED)
+
+
+@contextmanager
+def _desk_of(run: str, run_dir: str) -> Iterator[FolderDesk | UrlDesk]:
+    for url in (run, f"{run_dir.rstrip('/')}/{run}"):
+        if is_url(url):
+            with UrlDesk.at(url) as desk:
+                yield desk
+            return
+    yield FolderDesk(_folder_of(run, run_dir))
 
 
 def _folder_of(run: str, run_dir: str) -> Path:
@@ -119,30 +132,30 @@ def _folder_of(run: str, run_dir: str) -> Path:
     )
 
 
-def _give(path: Path, order: Order, caps: Mapping[str, int | None], *, timeout_s: float) -> int:
-    ended = _ended(path)
+def _give(desk: FolderDesk | UrlDesk, order: Order, caps: Mapping[str, int | None], *, timeout_s: float) -> int:
+    ended = _ended(desk)
     if ended is not None:
-        raise RunFolderError(f"{path} is not running: it has {ended}")
-    if folder.is_written(path) is False:
-        say(f"no worker of {path} trains at the moment; workers that begin within {timeout_s:g} s will answer")
+        raise RunFolderError(f"{desk.name} is not running: it has {ended}")
+    if desk.is_written() is False:
+        say(f"no worker of {desk.name} trains at the moment; workers that begin within {timeout_s:g} s will answer")
     withdrawn = False
     with _signals_unwind():
-        request = write_request(path, order, caps=caps, timeout_s=timeout_s)
+        request = desk.put(order, caps=caps, timeout_s=timeout_s)
         try:
             until_s = time.monotonic() + timeout_s
-            while (answer := _answer(path, request)) is None and time.monotonic() < until_s:
-                time.sleep(_LOOK_EVERY_S)
+            while (answer := _answer(desk, request)) is None and time.monotonic() < until_s:
+                time.sleep(desk.look_every_s)
         finally:
-            withdrawn = withdraw_request(path, request)
-    answer = answer or _answer(path, request)
+            withdrawn = desk.withdraw(request)
+    answer = answer or _answer(desk, request)
     if answer is None:
         running = {
             True: "it is running, and may be in a long step or evaluation",
             False: "it is not running",
             None: "whether it is running is not known, for its storage knows no locks",
-        }[folder.is_written(path)]
+        }[desk.is_written()]
         became = "the order was withdrawn" if withdrawn else "the order was taken, and is not done yet"
-        raise RunFolderError(f"no answer from {path} within {timeout_s:g} s: {running}; {became}")
+        raise RunFolderError(f"no answer from {desk.name} within {timeout_s:g} s: {running}; {became}")
     at = f"step {answer['step']}, {answer['samples_seen']:,} samples"
     say(f"{order}{'' if answer['accepted'] else ' refused'} ({at}): {answer['reason']}", error=not answer["accepted"])
     return 0 if answer["accepted"] else _EXIT_REFUSED
@@ -166,15 +179,15 @@ def _signals_unwind() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _answer(path: Path, request: str) -> dict[str, Any] | None:
-    for row in folder.rows(path / folder.EVENTS):
+def _answer(desk: FolderDesk | UrlDesk, request: str) -> dict[str, Any] | None:
+    for row in desk.events():
         if row["kind"] == "control" and row["request"] == request:
             return row
     return None
 
 
-def _ended(path: Path) -> str | None:
+def _ended(desk: FolderDesk | UrlDesk) -> str | None:
     """How the run has ended, if nobody goes on with it."""
-    kinds = [row["kind"] for row in folder.rows(path / folder.EVENTS)]
+    kinds = [row["kind"] for row in desk.events()]
     last = next((kind for kind in reversed(kinds) if kind in ("started", "resumed", "finished", "stopped")), None)
-    return last if last in ("finished", "stopped") and not folder.is_written(path) else None
+    return last if last in ("finished", "stopped") and not desk.is_written() else None

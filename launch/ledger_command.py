@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
+from launch.remote_runs import at_hand
 from orchestrator.errors import GroundswellError
 
 
@@ -16,13 +16,14 @@ def ledger_group() -> None:
 
 
 @ledger_group.command("verify")
-@click.argument("run", type=click.Path(path_type=Path))
-def verify_command(run: Path) -> None:
-    """Prove that RUN used every position exactly once, or name the first violation (exit code 1)."""
+@click.argument("run")
+def verify_command(run: str) -> None:
+    """Prove that RUN (folder or URL) used every position exactly once, or name the first violation (exit code 1)."""
     from orchestrator.runtime.ledger import verify
 
     try:
-        report = verify(run)
+        with at_hand(run) as path:
+            report = verify(path)
     except GroundswellError as error:
         click.echo(str(error), err=True)
         sys.exit(2)

@@ -7,21 +7,28 @@ from pathlib import Path
 
 import click
 
+from launch.remote_runs import at_hand
+from orchestrator.config.places import is_url
 from orchestrator.errors import GroundswellError
 
 
 @click.command("plot", short_help="Draw a run.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option("-o", "output", type=click.Path(path_type=Path), help="An .svg or .png file (RUN/picture.svg).")
-def plot_command(run: Path, output: Path | None) -> None:
-    """Draw the run in the folder RUN: batch and noise scale, workers, learning rate, loss and held-out metric."""
+def plot_command(run: str, output: Path | None) -> None:
+    """Draw the run RUN: batch and noise scale, workers, learning rate, loss and held-out metric.
+
+    RUN is a folder, or a URL, whose picture is put into the current folder.
+    """
     from orchestrator.report import picture, story
 
-    path = run / "picture.svg" if output is None else output
+    own = Path(f"{run.rstrip('/').rpartition('/')[2]}.svg") if is_url(run) else Path(run) / "picture.svg"
+    path = own if output is None else output
     if path.suffix.lower() not in picture.FORMATS:
         raise click.BadParameter(f"the file must end in {' or '.join(picture.FORMATS)}, got {path}", param_hint="-o")
     try:
-        picture.save(story.read(run), path)
+        with at_hand(run) as folder:
+            picture.save(story.read(folder), path)
     except GroundswellError as error:
         click.echo(str(error), err=True)
         sys.exit(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +14,7 @@ from rich.text import Text
 from launch import options
 from launch.bundled import read_config
 from launch.ray_cluster import add_working_directory
+from launch.remote_runs import at_hand
 from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
 
@@ -27,7 +28,7 @@ _PLAIN_WIDTH = 120  # columns, where no terminal says its own
 
 @click.command("probe", short_help="Measure the noise scale, train nothing.")
 @click.argument("config")
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="A run's folder, or a checkpoint's.")
+@click.option("--checkpoint", metavar="DIR", help="A run's folder or URL, or a checkpoint's.")
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
@@ -44,7 +45,7 @@ _PLAIN_WIDTH = 120  # columns, where no terminal says its own
 @options.overrides
 @options.no_plugins
 def probe_command(
-    config: str, checkpoint: Path | None, samples: int | None, groups: str, overrides: tuple[str, ...], no_plugins: bool
+    config: str, checkpoint: str | None, samples: int | None, groups: str, overrides: tuple[str, ...], no_plugins: bool
 ) -> None:
     """Measure the noise scale of CONFIG's model without training it, and say what batch would follow.
 
@@ -58,7 +59,8 @@ def probe_command(
         settings = read_config(config, overrides, plugins=not no_plugins)
         from orchestrator.runtime.probe import probe
 
-        found = probe(settings, checkpoint=checkpoint, samples=samples, by_layer=groups == "layers")
+        with nullcontext() if checkpoint is None else at_hand(checkpoint, checkpoint=True) as path:
+            found = probe(settings, checkpoint=path, samples=samples, by_layer=groups == "layers")
     except GroundswellError as error:
         click.echo(str(error), err=True)
         sys.exit(2)

@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -33,11 +32,12 @@ from launch.outcome import (
 )
 from launch.progress import Progress
 from launch.ray_cluster import add_working_directory
-from launch.sources import FolderRows
+from launch.remote_runs import StopAsker, UrlRows, rows_of
+from launch.sources import Source
 from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError, RunFolderError
 from orchestrator.runtime import folder
-from orchestrator.runtime.preparation import refuse_changed_config, run_folder
+from orchestrator.runtime.preparation import refuse_changed_config, run_folder, run_url
 from orchestrator.runtime.tracking import check_libraries
 
 _LOCAL_CLUSTER = "local"
@@ -117,7 +117,7 @@ def run_command(
     command += [] if address == _LOCAL_CLUSTER else ["--address", address]
     try:
         settings = read_config(config, overrides, run_dir=run_dir, plugins=not no_plugins)
-        path = run_folder(settings)
+        path = _bring(settings)
         if auto_resume:
             resume = resume or folder.exists(path)
         code = run(
@@ -161,7 +161,8 @@ def run(
     folder.check(path, resume=resume)
     refuse_changed_config(settings, path)
     check_libraries(settings)
-    rows = JsonRows(FolderRows(path)) if log_format == "json" else None
+    source = rows_of(settings, runtime=runtime)
+    rows = JsonRows(source) if log_format == "json" else None
     speak = say if rows is None else rows.tell
     done = nothing_to_do(settings, path) if resume else None
     if done is not None:
@@ -181,6 +182,7 @@ def run(
             resume=resume,
             address=address,
             command=command,
+            source=source,
             rows=rows,
             head_patience_s=head_patience_s,
         )
@@ -194,15 +196,18 @@ def _train(
     resume: bool,
     address: str,
     command: str | None,
+    source: Source,
     rows: JsonRows | None,
     head_patience_s: float,
 ) -> int:
     speak = say if rows is None else rows.tell
-    speak(f"{settings.run.name}: task {settings.task.name}, runtime {runtime}, folder {path}")
+    place = f"folder {path}" if run_url(settings) is None else f"at {run_url(settings)}"
+    speak(f"{settings.run.name}: task {settings.task.name}, runtime {runtime}, {place}")
     if runtime == "local" and settings.workers.initial > 1:
         speak(f"workers.initial is {settings.workers.initial}; --runtime local trains with this process alone")
     quiet_libraries()
-    progress = Progress(FolderRows(path) if rows is None else rows)
+    progress = Progress(source if rows is None else rows)
+    stop = StopAsker(settings, runtime=runtime)
     tell = progress.tell if rows is None else rows.tell
     with Interrupts() as interrupts:
         job = Job(
@@ -215,6 +220,12 @@ def _train(
         )
         asked = False
 
+        def going() -> bool:
+            running = job.running
+            if not running and isinstance(source, UrlRows):
+                source.look_now()
+            return running
+
         def tick() -> None:
             nonlocal asked
             started = progress.start is not None
@@ -222,7 +233,7 @@ def _train(
                 raise _EndNowError
             if interrupts.count == 0:
                 return
-            (path / folder.STOP_REQUEST).touch()  # again and again: a recovery on the way begins without it
+            stop.ask()
             if not asked:
                 asked = True
                 again = " (Ctrl-C again to stop at once)" if rows is None else ""
@@ -230,9 +241,9 @@ def _train(
 
         try:
             if rows is None:
-                show(progress, going=lambda: job.running, tick=tick)
+                show(progress, going=going, tick=tick)
             else:
-                show_json(progress, rows, going=lambda: job.running, tick=tick)
+                show_json(progress, rows, going=going, tick=tick)
         except _EndNowError:
             job.kill()
             say(f"Stopped {'at once' if progress.start is not None else 'before the first step'}.", error=True)
@@ -241,14 +252,24 @@ def _train(
         except BaseException:
             job.kill()
             raise
-    with suppress(NotADirectoryError):  # the run's folder could not be made; the job's error says so
-        (path / folder.STOP_REQUEST).unlink(missing_ok=True)
+    stop.take_back()
+    if run_url(settings) is not None and job.error is None:
+        _bring(settings)  # another node may have written it
     code = _conclude(path, job, progress, command=command, speak=speak)
     if job.head_is_lost:
         # Threads wait for a head that is not there, and so would an orderly end of the interpreter.
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _bring(settings: RunConfig) -> Path:
+    """The run's folder, with its history where that is kept at a URL."""
+    if run_url(settings) is not None:
+        from orchestrator.runtime.at_url import bring_lines  # brings torch
+
+        bring_lines(settings)
+    return run_folder(settings)
 
 
 class _EndNowError(Exception):

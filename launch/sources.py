@@ -69,6 +69,12 @@ class Tail:
                 data = file.read()
         except (FileNotFoundError, NotADirectoryError):
             return []
-        whole = data.rfind(b"\n") + 1
-        self._offset += whole
-        return [json.loads(line) for line in data[:whole].splitlines() if line.strip()]
+        found, size = rows_in(data)
+        self._offset += size
+        return found
+
+
+def rows_in(data: bytes) -> tuple[list[Row], int]:
+    """The whole lines in ``data``, and how many bytes they take."""
+    whole = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:whole].splitlines() if line.strip()], whole

@@ -15,6 +15,7 @@ from launch.bundled import read_config
 from launch.live import say
 from launch.outcome import EXIT_REFUSED
 from orchestrator.config import RunConfig
+from orchestrator.config.places import is_url
 from orchestrator.errors import ConfigError, GroundswellError, Problem
 
 if TYPE_CHECKING:
@@ -90,12 +91,12 @@ def submit_command(
 def _refuse_folder_of_the_job(settings: RunConfig) -> None:
     """A relative folder would lie in the job's working directory, which Ray deletes with the job."""
     where = settings.run.dir
-    if where.startswith("/"):
+    if where.startswith("/") or is_url(where):
         return
     rule = "is relative, and a job's working directory is gone when the job is: a run on a cluster would be lost"
     if where.startswith("~"):
         rule = "is in the home of whoever asks, and on the cluster that is another one"
-    fix = "write a folder that all nodes share, such as --run-dir /mnt/shared/runs"
+    fix = "write a folder that all nodes share, such as --run-dir /mnt/shared/runs, or a URL"
     raise ConfigError(Problem(source=None, key="run.dir", value=where, rule=rule, fix=fix))
 
 

@@ -174,10 +174,13 @@ def _train(
 
 def _prepare(settings: RunConfig, path: Path, *, resume: bool, auto_resume: bool, patient: bool) -> Group:
     """Rank zero: make the run's folder, or check the one to go on with, and note whose group trains there."""
+    from orchestrator.runtime.at_url import bring_lines
+
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if launch == "none":  # what torchrun calls every launch that was given no id
         launch += f" {os.getppid()}"
     check_libraries(settings)
+    bring_lines(settings)
     ours = belongs_to(path, launch)
     resume = goes_on(path, launch=launch, resume=resume, auto_resume=auto_resume)
     # The rank zero before this one may be on another node, and still be dying.

@@ -26,7 +26,7 @@ from launch.live import say
 from launch.outcome import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, is_finished, nothing_to_do, planned_end
 from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
-from orchestrator.runtime.preparation import run_folder
+from orchestrator.runtime.preparation import run_folder, run_url
 
 _SLURM_SCRIPT = Path(__file__).parent / "slurm" / "groundswell.sbatch"
 _PORT = 29400  # torchrun's own default
@@ -146,6 +146,10 @@ def torchrun_command(
     try:
         settings = read_config(config, overrides, run_dir=run_dir, plugins=not no_plugins)
         path = run_folder(settings)
+        if run_url(settings) is not None:
+            from orchestrator.runtime.at_url import bring_lines  # brings torch
+
+            bring_lines(settings)
         going_on = goes_on(path, launch=rdzv_id, resume=resume, auto_resume=auto_resume)
         done = nothing_to_do(settings, path) if going_on else None
         if done is not None:
