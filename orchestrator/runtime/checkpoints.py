@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -230,6 +231,8 @@ class CheckpointStore:
                 state_dict_saver.save(
                     tree,
                     checkpoint_id=path,
+                    # What all ranks hold is rank zero's to write: other nodes may have a folder of their own there.
+                    planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
                     no_dist=self._collective.world_size == 1,
                 )
         except (Exception, CheckpointException) as error:  # DCP wraps what any rank met
