@@ -74,7 +74,11 @@ def test_another_machine_goes_on_as_if_there_had_been_no_break(url: str, tmp_pat
     with (run_folder(settings(url, tmp_path / "one")) / folder.EVENTS).open("a") as file:
         file.write('{"attempt": 2, "kind": "fault", "reason": "alone", "samples_seen": 0, "step": 0}\n')
     again = settings(url, tmp_path / "one", steps=12)
+    saved = run_folder(again) / "checkpoints"
+    shutil.copytree(saved / "step-000000006", saved / "step-000000011")
     train(again, resume=True)
+    resumed = [row["step"] for row in folder.rows(run_folder(again) / folder.EVENTS) if row["kind"] == "resumed"]
+    assert resumed[-1] == 10
     assert "alone" not in (run_folder(again) / folder.EVENTS).read_text()
     assert_alike(again)
     assert ledger.verify(run_folder(again)).violation is None
