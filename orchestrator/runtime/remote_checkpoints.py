@@ -37,7 +37,7 @@ class CheckpointsThere:
         self._folder, self._remote, self._keep = checkpoints, remote, keep
         self._aside = checkpoints / _ASIDE
         self._names = {name for name in names if name.startswith(f"{CHECKPOINTS}/")}
-        self._newest = ""  # of those sent from here
+        self._sent: set[str] = set()  # from here
         self._manifests = {
             path.name: manifest
             for path in committed(checkpoints)
@@ -74,7 +74,7 @@ class CheckpointsThere:
         self._names.add(f"{where}/{_MANIFEST}")
         self._remote.write(f"{where}/{_MANIFEST}", manifest)
         self._manifests[step] = manifest
-        self._newest = max(self._newest, step)
+        self._sent.add(step)
         moved()
         shutil.rmtree(path, ignore_errors=True)
 
@@ -86,13 +86,15 @@ class CheckpointsThere:
 
     def forget_old(self) -> None:
         """As the run's own store does, once a newer one is there: those beyond ``keep``, and those of later steps."""
-        if not self._newest:
+        here = {path.name for path in committed(self._folder)}
+        newest = max(here & self._sent, default=None)
+        if newest is None:
             return
         steps = sorted({name.split("/")[1] for name in self._names}, reverse=True)
         whole = [step for step in steps if f"{CHECKPOINTS}/{step}/{_MANIFEST}" in self._names]
-        kept = [step for step in whole if step <= self._newest][: self._keep]
+        kept = [step for step in whole if step <= newest][: self._keep]
         for step in steps:
-            if step not in kept:
+            if step not in kept and step not in here:
                 self._forget(step)
 
     def _forget(self, step: str) -> None:
