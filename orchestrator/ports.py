@@ -13,10 +13,16 @@ if TYPE_CHECKING:
 
 
 class Collective(Protocol):
-    """All ranks call every method, equally often, in the same order."""
+    """All ranks call every method, equally often, in the same order.
 
-    rank: int
-    world_size: int
+    Rank and world size may change at the boundary between two steps: they are read when needed, and not kept.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks in float64, the same on each."""
@@ -41,16 +47,82 @@ class Collective(Protocol):
         """Every rank's 1-D ``tensor``, all of one length, one after the other; the same on each."""
         ...
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Put rank zero's into ``tensor``."""
+    def broadcast(self, tensor: Tensor, *, source: int = 0) -> None:
+        """Put what the rank ``source`` has in ``tensor``, contiguous and on the training device, into every rank's."""
         ...
 
-    def share(self, value: Any) -> Any:
-        """Rank zero's value (plain Python data), on every rank."""
+    def share(self, value: Any, *, source: int = 0) -> Any:
+        """The value (plain Python data) of the rank ``source``, on every rank."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value by rank, on rank zero; an empty list elsewhere."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a member of a group runs, as launchers count it."""
+
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Who trains together. Each group has its own, numbered in the order in which they are formed."""
+
+    generation: int
+    members: tuple[str, ...]  # by rank
+    places: tuple[Place, ...]  # by rank
+    store: tuple[str, int]  # host and port, where they find each other
+    lost: str | None = None  # who is gone, without whom nothing more can be agreed upon in the group before
+
+    def rank_of(self, member: str) -> int | None:
+        return self.members.index(member) if member in self.members else None
+
+
+class Membership(Protocol):
+    """How one process takes part in groups that change while training goes on."""
+
+    member: str
+
+    @property
+    def joins(self) -> bool:
+        """Whether this process is in no group yet."""
+        ...
+
+    def latest(self) -> View | None:
+        """The newest view that this process was told of."""
+        ...
+
+    def wait(self, *, newer_than: int, timeout_s: float) -> View | None:
+        """The same, once there is one newer than that generation; ``None`` if none comes in time."""
+        ...
+
+    def ready(self) -> None:
+        """This process has warmed up, and may be taken in."""
+        ...
+
+    def broken(self, why: str) -> None:
+        """The group at hand cannot go on: a member of it is gone."""
+        ...
+
+    def formed(self, view: View, carried: Mapping[str, Any], *, pause_s: float) -> None:
+        """This process now trains in ``view``, after a pause; ``carried`` is the furthest that any ``carry`` gave."""
+        ...
+
+    def carry(self) -> dict[str, Any]:
+        """What this runtime counts and newcomers must count on from: plain data."""
+        ...
+
+    def left(self) -> None:
+        """This process was left out of the newest view, and ends."""
+        ...
+
+    def beat(self, *, waits: bool) -> None:
+        """A sign of life: training has gone on, and ``waits`` for the other ranks from here, or does not."""
         ...
 
 
@@ -77,6 +149,7 @@ class Commands:
 
     save: str | None = None
     hold: str | None = None  # save, then wait to be resized
+    regroup: View | None = None  # go on as this group, without stopping
     stop: str | None = None
     notes: tuple[Mapping[str, Any], ...] = ()
 
@@ -98,6 +171,10 @@ class Brain(Protocol):
 
     def replan(self, event: Event) -> Welcome:
         """Hand over an event that must change the plan at once, and wait for that plan."""
+        ...
+
+    def take_over(self, told: Sequence[Event], *, world_size: int) -> Welcome:
+        """Become rank zero's way in the place of a process that is gone, with the newest events that it knew of."""
         ...
 
     def hold_failed(self) -> None:

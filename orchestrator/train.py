@@ -50,7 +50,8 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
                 session.measure_curvature(partial(_loss, task, config=config, worker=worker))
             if session.evaluation_due:
                 with session.ema_weights():
-                    session.record_evaluation(evaluate(task, model, config, worker, chunk=_chunk(config, session)))
+                    chunk = _chunk(config, session)
+                    session.evaluate(partial(evaluate, task, model, config, worker, chunk=chunk))
     return session.finished
 
 

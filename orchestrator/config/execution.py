@@ -32,6 +32,9 @@ class WorkersSection(Section):
     when: Literal["saves_time", "always", "never"] = Field(
         default="saves_time", description="[name] ask when it saves more time than a resize costs, always, or never"
     )
+    resize: Literal["live", "restart"] = Field(
+        default="live", description="[name] workers come and go while the others train, or all are started again"
+    )
     resize_cost_s: float = Field(
         default=10.0, ge=0, description="[s] what a resize is taken to cost until one was measured"
     )
@@ -100,6 +103,11 @@ class RecoverySection(Section):
 
     max_failures: int = Field(
         default=3, ge=0, description="[failures] a run goes on from its last checkpoint so often; 0: never"
+    )
+    hang_timeout_s: float | None = Field(
+        default=600.0,
+        gt=0,
+        description="[s] a worker that does nothing for so long, while others wait for it, is given up; null: never",
     )
     storage_patience_s: float = Field(
         default=1800.0,

@@ -23,6 +23,7 @@ from orchestrator.ray_train.mailbox import (
     HoldFailed,
     Message,
     Posted,
+    TakenOver,
     Welcomed,
     exchange,
 )
@@ -32,7 +33,7 @@ from orchestrator.types import Event, Preempted, WorkersMissing, assert_never
 logger = logging.getLogger(__name__)
 
 _SHORTEST_S = 0.003
-_LONGEST_S = 0.5
+_LONGEST_S = 0.2
 _BEFORE_START_S = 0.05
 
 Call = Callable[[Callable[[tuple[Delivery, ...]], Drained | None], tuple[Delivery, ...]], Drained | None]
@@ -50,8 +51,13 @@ class BrainHost:
         take_resize_cost_s: Callable[[], float | None],
         notes: tuple[Mapping[str, Any], ...],
         delay_s: float = 0.0,
+        goes_on: LocalBrain | None = None,
+        gone: Callable[[], None] = lambda: None,
     ) -> None:
-        self._brain = LocalBrain(config)
+        """``goes_on`` is the controller of a rank zero in whose place another one is; ``gone`` is called when the
+        worker does not answer."""
+        self.brain = LocalBrain(config) if goes_on is None else goes_on
+        self._gone = gone
         self._call = call
         self._take_resize_cost_s = take_resize_cost_s
         self._notes = notes
@@ -94,16 +100,19 @@ class BrainHost:
                 injected, self._injected = self._injected, []
             if self.begun and injected:
                 for event in injected:
-                    self._brain.post(event)
+                    self.brain.post(event)
                 self._want()
             try:
                 drained = self._call(exchange, deliveries)
             except Exception as error:  # the worker is gone; Ray Train's own poll finds out and says why
                 logger.info("rank zero does not answer: %s", error)
+                self._gone()
                 return
             if drained is None:
                 time.sleep(_BEFORE_START_S)
                 continue
+            if drained.broken:
+                self._gone()
             try:
                 for message in drained.messages:
                     self._take(message)
@@ -119,7 +128,7 @@ class BrainHost:
         match message:
             case Begin():
                 cost_s = self._take_resize_cost_s()
-                welcome = self._brain.begin(
+                welcome = self.brain.begin(
                     message.record,
                     world_size=message.world_size,
                     dataset_size=message.dataset_size,
@@ -132,37 +141,46 @@ class BrainHost:
             case Posted():
                 self._number = message.number
                 if message.replan:
-                    self._welcome(self._brain.replan(message.event))
+                    self._welcome(self.brain.replan(message.event))
                 else:
                     self._post(message.event)
+            case TakenOver():
+                notes, self._notes = self._notes, ()
+                welcome = self.brain.take_over(message.told, world_size=message.world_size)
+                self._welcome(replace(welcome, notes=notes))
+                for step, action in self.brain.answers.items():
+                    state = encode_state(self.brain.state)
+                    self._queue(Answered(step=step, action=action, state=state, number=self._number))
+                self.begun = True
+                self._want()
             case HoldFailed():
                 self.hold_failed = True
             case _:
                 assert_never(message)
 
     def _post(self, event: Event) -> None:
-        self._brain.post(event)
-        step = self._brain.state.step
-        if self._brain.has_answer(step):
+        self.brain.post(event)
+        step = self.brain.state.step
+        if self.brain.has_answer(step):
             if self._delay_s:
                 time.sleep(self._delay_s)
-            state = encode_state(self._brain.state)
-            self._queue(Answered(step=step, action=self._brain.answer(step), state=state, number=self._number))
+            state = encode_state(self.brain.state)
+            self._queue(Answered(step=step, action=self.brain.answer(step), state=state, number=self._number))
         self._want()
 
     def _welcome(self, welcome: Welcome) -> None:
-        self._queue(Welcomed(welcome=welcome, state=encode_state(self._brain.state), number=self._number))
+        self._queue(Welcomed(welcome=welcome, state=encode_state(self.brain.state), number=self._number))
 
     def _pass_on(self) -> None:
         """Hand on what the brain asks for besides decisions."""
         if not self.begun:
             return
-        commands = self._brain.commands()
+        commands = self.brain.commands()
         if commands != Commands():
             self._queue(commands)
 
     def _want(self) -> None:
-        self.wanted_workers = self._brain.state.requested_workers
+        self.wanted_workers = self.brain.state.requested_workers
 
     def _queue(self, delivery: Delivery) -> None:
         with self._lock:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 from orchestrator.errors import SessionError
 from orchestrator.ports import BrainRecord, Commands, Welcome
+from orchestrator.ray_train.door import the_door
 from orchestrator.types import Action, ApplyPlan, Event, GradMeasured
 
 _CAPACITY = 4096  # events; far more than fit between two decisions, so only a dead controller fills it
@@ -43,11 +44,19 @@ class Posted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakenOver:
+    """Another rank is rank zero now; what it knows of the newest steps, some of which were heard of before."""
+
+    told: tuple[Event, ...]
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HoldFailed:
     """The workers could not save, and train on."""
 
 
-Message = Begin | Posted | HoldFailed
+Message = Begin | Posted | TakenOver | HoldFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +87,7 @@ class Drained:
 
     messages: tuple[Message, ...]
     due_in_s: float | None  # until the next decision is wanted; None when that is unknown
+    broken: bool = False  # the group of workers that training runs in
 
 
 @final
@@ -117,6 +127,9 @@ class Mailbox:
         with self._changed:
             self._wait(lambda: step in self._answers, f"the decision of step {step}")
             return self._answers[step]
+
+    def take_over(self, told: Sequence[Event], *, world_size: int) -> Welcome:
+        return self._ask(TakenOver(told=tuple(told), world_size=world_size))
 
     def replan(self, event: Event) -> Welcome:
         with self._changed:
@@ -160,6 +173,7 @@ class Mailbox:
             self._commands = Commands(
                 save=delivery.save or held.save,
                 hold=delivery.hold or held.hold,
+                regroup=delivery.regroup or held.regroup,
                 stop=delivery.stop or held.stop,
                 notes=held.notes + delivery.notes,
             )
@@ -237,4 +251,6 @@ def open_mailbox(*, every_samples: int) -> Mailbox:
 
 def exchange(deliveries: tuple[Delivery, ...]) -> Drained | None:
     """Run on rank zero's worker actor by the controller; ``None`` while training has not begun there."""
-    return None if _opened is None else _opened.exchange(deliveries)
+    if _opened is None:
+        return None
+    return replace(_opened.exchange(deliveries), broken=the_door().is_broken)

@@ -183,8 +183,9 @@ class FleetMetrics:
         self._count(RESIZES)
         self._count(PAUSES, pause_s)
 
-    def fault(self) -> None:
-        self._count(FAULTS)
+    def faults(self, number: int = 1) -> None:
+        if number:
+            self._count(FAULTS, float(number))
 
     def _count(self, name: str, by: float = 1.0) -> None:
         if name not in self._counters:

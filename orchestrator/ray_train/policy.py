@@ -21,6 +21,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import SessionError
 from orchestrator.ports import Commands
 from orchestrator.ray_train.host import BrainHost
+from orchestrator.ray_train.live_group import LiveWorkerGroup
 from orchestrator.ray_train.metrics import FleetMetrics
 
 _CALL_TIMEOUT_S = 30.0
@@ -45,12 +46,20 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._metrics = FleetMetrics(config)
         self._few_since_s: float | None = None  # fewer than the fewest could be started
         self._short: tuple[int, int, float] | None = None  # (there, wanted, since when [s]) while fewer are there
+        self._group: LiveWorkerGroup | None = None  # where workers come and go while the others train
+        self._zero: Any = None  # rank zero's actor
+
+    def attach(self, group: LiveWorkerGroup) -> None:
+        """Its workers can change without stopping."""
+        self._group = group
+        group.follow(fewest=self._config.workers.min, hang_timeout_s=self._config.recovery.hang_timeout_s)
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._wanted
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._leave_group()
+        self._group = None
         self._metrics.workers(wanted=self._wanted, present=0)
         self._send_resource_request()
         possible = self._possible_workers()
@@ -72,6 +81,8 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             if status.preemption_info is not None:
                 host.preempted(str(status.preemption_info))
                 break
+        if self._group is not None:
+            return self._change_live(self._group, host)
         if self._hold_to is not None:
             return self._finish_hold(host, worker_group_state.num_workers, worker_group_status)
         wanted = self._clamp(host.wanted_workers)
@@ -92,13 +103,40 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         host.command(Commands(hold=f"resize from {now} to {then} workers"))
         return NoopDecision()
 
+    def _change_live(self, group: LiveWorkerGroup, host: BrainHost) -> ScalingDecision:
+        """Workers come and go beside the control loop, which therefore decides nothing itself."""
+        group.look()
+        if group.notes:
+            host.command(Commands(notes=tuple(group.notes)))
+            group.notes = []
+        self._metrics.faults(group.lost)
+        group.lost = 0
+        if group.pause_s is not None:
+            self._metrics.resized(group.pause_s)
+            group.pause_s = None
+        wanted = self._clamp(host.wanted_workers)
+        if wanted is not None and wanted != self._wanted:
+            self._wanted = wanted
+            self._send_resource_request()
+        if not host.begun or group.is_changing:
+            return NoopDecision()
+        now = len(group) - group.preempted
+        self._wait_for_more(host, now)
+        if self._wanted < now or group.preempted:
+            host.command(Commands(regroup=group.view_with(min(now, self._wanted))))
+        elif group.newcomers:
+            host.command(Commands(regroup=group.view_with(min(self._wanted, now + group.newcomers))))
+        elif self._wanted > now and not group.recruits and (possible := self._possible_workers()) > now:
+            group.recruit(possible - now)
+        return NoopDecision()
+
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Remember why a group had to be started again; rank zero of the next one writes it down."""
         if isinstance(current_state, RestartingState):
             reason = str(current_state.training_failed_error).strip().splitlines()
             self._notes.append({"kind": "fault", "reason": " ".join(reason[:3])[:500]})
             self._resize_began_s = None
-            self._metrics.fault()
+            self._metrics.faults()
 
     def _finish_hold(self, host: BrainHost, now: int, worker_group_status: Any) -> ScalingDecision:
         for rank, status in worker_group_status.worker_statuses.items():
@@ -156,18 +194,26 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         return max(self.scaling_config.min_workers, min(self.scaling_config.max_workers, wanted))
 
     def _meet_group(self, state: Any) -> BrainHost:
-        if self._host is None or self._group_start != state.start_time:
+        zero = state.workers[0].actor
+        if self._host is None or self._group_start != state.start_time or self._zero != zero:
+            goes_on = self._host.brain if self._host is not None and self._group_start == state.start_time else None
             self._leave_group()
-            self._group_start = state.start_time
+            self._group_start, self._zero = state.start_time, zero
             self._host = BrainHost(
                 self._config,
                 _caller(state.workers[0]),
                 take_resize_cost_s=self._take_resize_cost_s,
                 notes=tuple(self._notes),
                 delay_s=self._answer_delay_s,
+                goes_on=goes_on,
+                gone=self._alarm,
             )
             self._notes = []
         return self._host
+
+    def _alarm(self) -> None:
+        if self._group is not None:
+            self._group.alarm.set()
 
     def _leave_group(self) -> None:
         if self._host is not None:

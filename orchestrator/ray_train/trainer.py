@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
+from orchestrator.ray_train.controller import LiveTorchConfig, in_the_seat
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
 from orchestrator.ray_train.worker import run_worker
 from orchestrator.runtime.preparation import from_anywhere, prepare, run_folder
@@ -40,6 +41,8 @@ class AdaptiveTrainer(TorchTrainer):
         # Ray's own list of checkpoints is behind our store, which may have deleted what it names: once a controller was
         # killed, Ray would refuse the folder.
         (prepare(config, resume=resume) / _RAYS_LIST).unlink(missing_ok=True)
+        if config.train.parallel == "fsdp2":  # no worker has the whole state that another one would need
+            config = config.model_copy(update={"workers": config.workers.model_copy(update={"resize": "restart"})})
         self._groundswell = config
         self._answer_delay_s = answer_delay_s
         workers = config.workers
@@ -49,6 +52,7 @@ class AdaptiveTrainer(TorchTrainer):
         super().__init__(
             run_worker,
             train_loop_config={"config": config.model_dump(mode="json"), "train": train},
+            torch_config=TorchConfig() if workers.resize == "restart" else LiveTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=(workers.min, workers.max),
                 use_gpu=workers.gpus_per_worker > 0,
@@ -69,7 +73,10 @@ class AdaptiveTrainer(TorchTrainer):
             self.scaling_config, self._groundswell, answer_delay_s=self._answer_delay_s
         )
         kwargs["failure_policy"] = _FailurePolicy(self.run_config.failure_config)
-        return super()._initialize_and_run_controller(**kwargs)
+        if self._groundswell.workers.resize == "restart":
+            return super()._initialize_and_run_controller(**kwargs)
+        with in_the_seat():
+            return super()._initialize_and_run_controller(**kwargs)
 
 
 class _FailurePolicy(DefaultFailurePolicy):

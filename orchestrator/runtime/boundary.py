@@ -11,11 +11,13 @@ from typing import final
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import CheckpointError, NonFiniteError
+from orchestrator.ports import View
 from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.exchange import Exchange, OwnStep
 from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
+from orchestrator.runtime.journal import FinishedStep
 from orchestrator.runtime.run_state import RunState
 from orchestrator.runtime.worker import Worker
 
@@ -100,10 +102,16 @@ class Boundary:
         """Training has failed on this rank: write down what it did, without the others."""
         self._exchange.abandon()
 
-    def cross(self) -> None:
-        """Collective. Do what is due between the step just taken and the next."""
-        if not self.branches():
-            self._do_what_was_asked()
+    def cross(self) -> View | None:
+        """Collective. Do what is due between the step just taken and the next; the group to go on as, if another."""
+        return None if self.branches() else self._do_what_was_asked()
+
+    def give_up(self) -> list[FinishedStep]:
+        """A rank is gone: forget what was under way with it; the steps that are known in part."""
+        self._asked = Announcement()
+        self._groups.give_up()
+        self._history.give_up_saving()
+        return self._exchange.give_up()
 
     def branches(self) -> bool:
         """Collective. Whether the next step belongs to a branch; begins a round of them where one is due."""
@@ -158,7 +166,7 @@ class Boundary:
                 "last checkpoint"
             )
 
-    def _do_what_was_asked(self) -> None:
+    def _do_what_was_asked(self) -> View | None:
         due = self._state.passed(self._save_every_samples) and not self._state.is_over
         if due:
             self.settle()
@@ -179,3 +187,10 @@ class Boundary:
             self._save_regularly()
         if heard.stop:
             self._stopped = self._stop_reason or "another rank was asked to stop"
+        elif heard.regroup and self._history.is_saving:
+            self._asked = Announcement(regroup=True)  # once that is written: who writes it may be one who leaves
+        elif heard.regroup:
+            self.settle()
+            view: View = self._worker.collective.share(self._history.view)
+            return view
+        return None

@@ -7,7 +7,7 @@ controller process, and rank zero reaches it through the mailbox.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -157,6 +157,16 @@ class LocalBrain:
             if pending is not None and isinstance(answer, ApplyPlan):
                 self._answers[step] = replace(pending, reason=answer.reason)
         return Welcome(now=action, pending=pending)
+
+    def take_over(self, told: Sequence[Event], *, world_size: int) -> Welcome:
+        for event in told:  # those of steps that were heard of before change nothing
+            self.post(event)
+        return self.replan(WorkersChanged(world_size=world_size))
+
+    @property
+    def answers(self) -> Mapping[int, Action]:
+        """Decisions of late, by their steps."""
+        return self._answers
 
     def hold_failed(self) -> None:
         raise AssertionError("this runtime never asks the workers to hold")

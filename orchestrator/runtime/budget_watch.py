@@ -132,7 +132,6 @@ class BudgetWatch:
 
     def _spent(self) -> Spent:
         workers = self._worker.world_size
-        used_s = self._journal.paid.now_s * workers
         seen = self._looked_samples
         pauses = self._due(self._pauses, seen) + self._ends_soon(seen)
         kept_s = (
@@ -142,7 +141,7 @@ class BudgetWatch:
             + end_s(self._save_s)
         )
         return Spent(
-            worker_hours=self._before_worker_hours + used_s / S_PER_HOUR,
+            worker_hours=self._before_worker_hours + self._journal.paid.worker_s / S_PER_HOUR,
             reserve_worker_hours=kept_s * workers / S_PER_HOUR,
         )
 

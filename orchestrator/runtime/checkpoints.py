@@ -141,6 +141,10 @@ class CheckpointStore:
             raise self._not_written(step, problem)
         return self.path_of(step), took_s
 
+    def forget_save(self) -> None:
+        """What another rank was writing is left to it."""
+        self._under_way = None
+
     def load_latest(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None = None
     ) -> tuple[Path | None, dict[str, Any], tuple[Fault, ...]]:

@@ -12,6 +12,7 @@ from orchestrator.config import RunConfig
 from orchestrator.core import cursor
 from orchestrator.core.companions import Jump, second_moment_factor
 from orchestrator.core.controller import Rules
+from orchestrator.ports import Collective
 from orchestrator.runtime.branches import Branches
 from orchestrator.runtime.history import Resumed
 from orchestrator.runtime.journal import Journal
@@ -30,7 +31,7 @@ class Course:
         config: RunConfig,
         rules: Rules,
         *,
-        rank: int,
+        collective: Collective,
         branches: Branches,
         loader: PositionLoader,
         update: WeightUpdate,
@@ -38,7 +39,7 @@ class Course:
     ) -> None:
         self._rescales = config.lr_rule.second_moment == "rescale"
         self._run = RunState(rules, ramp_samples=config.lr_rule.ramp_samples)
-        self._rank = rank
+        self._collective = collective
         self._branches = branches
         self._loader = loader
         self._update = update
@@ -46,7 +47,11 @@ class Course:
 
     def begin(self, resumed: Resumed) -> None:
         self._run.begin(
-            step=resumed.step, samples_seen=resumed.samples_seen, pending=resumed.pending, in_force=resumed.in_force
+            step=resumed.step,
+            samples_seen=resumed.samples_seen,
+            pending=resumed.pending,
+            in_force=resumed.in_force,
+            last_batch=resumed.last_batch,
         )
         self.adopt(resumed.now)
 
@@ -127,10 +132,11 @@ class Course:
     # What follows from a plan
 
     def _read_ahead(self) -> None:
-        state = self.state
-        self._loader.set_course(
-            cursor.steps(state.plan, self._rank, position=state.samples_seen, total_samples=state.end)
-        )
+        state, rank = (
+            self.state,
+            max(0, self._collective.rank),
+        )  # of the rehearsal of one that is in no group yet: its own
+        self._loader.set_course(cursor.steps(state.plan, rank, position=state.samples_seen, total_samples=state.end))
 
     def _carry_over(self, jump: Jump) -> None:
         self._update.carry_over(jump)

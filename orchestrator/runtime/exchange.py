@@ -75,8 +75,8 @@ class Exchange:
 
         An exchange begins at the end of one step and is heard at the end of the next, so that nobody waits for it.
         """
+        self._waiting.append(step)  # first: whatever fails from here on, the step was taken
         heard = self._finish()
-        self._waiting.append(step)
         if step.decides:
             # Early enough to be heard at the end of the last step before it takes effect.
             self._announces[step.step + max(1, self._lag_steps - 1)] = step.step
@@ -108,25 +108,34 @@ class Exchange:
         said = Announcement(stop=stop, sums=tuple(step.sums for step in steps))
         if self._collective.rank == 0:
             said = self._history.speak(said, decided_at=due, rest_steps=self._rest(steps))
+        else:
+            self._history.journal.forget_decisions(due)
         self._under_way = _UnderWay(steps, self._collective.start_sum(said.encode()))
 
     def _finish(self) -> Announcement:
-        under_way, self._under_way = self._under_way, None
+        under_way = self._under_way
         if under_way is None:
             return Announcement()
         heard = Announcement.decode(under_way.result())
         self._rest_steps = heard.rest_steps
         finished = [self._finished(step, sums) for step, sums in zip(under_way.steps, heard.sums, strict=True)]
         self._history.steps(finished)
+        self._under_way = None  # only now: what fails before is told without the others
         losses = ((step.measured.sample.step, step.measured.sample.loss) for step in finished)
         self.first_non_finite = next((step for step, loss in losses if not math.isfinite(loss)), None)
         return heard
 
     def abandon(self) -> None:
         """Write down the steps that no exchange told of: training has failed here, and the others cannot be asked."""
+        self._history.without_the_others(self.give_up())
+
+    def give_up(self) -> list[FinishedStep]:
+        """Forget what no exchange told of: the steps, with what all ranks know of them alike."""
         steps = [*([] if self._under_way is None else self._under_way.steps), *self._waiting]
         unknown = StepSums(weighted_sq_sum=math.nan, loss_sum=math.nan)
-        self._history.without_the_others([self._finished(step, unknown) for step in steps])
+        self._under_way, self._waiting, self._rest_steps = None, [], 0
+        self._announces.clear()
+        return [self._finished(step, unknown) for step in steps]
 
     def _rest(self, steps: Sequence[OwnStep]) -> int:
         """How many steps may pass before the next exchange. One process has nobody to wait for."""

@@ -111,6 +111,10 @@ class GroupNoise:
                 self._begin()
                 self._finish()
 
+    def give_up(self) -> None:
+        """Forget the steps that no sum told of: a part of them is lost."""
+        self._waiting, self._under_way = [], None
+
     def close(self) -> None:
         if self._meter is not None:
             self._meter.close()

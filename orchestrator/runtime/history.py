@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -23,7 +24,7 @@ from orchestrator.core import codec
 from orchestrator.core.controller import Rules
 from orchestrator.core.ramp import InForce, Ramp
 from orchestrator.errors import CheckpointError, StorageError
-from orchestrator.ports import Brain, BrainRecord, Welcome
+from orchestrator.ports import Brain, BrainRecord, View, Welcome
 from orchestrator.runtime import folder
 from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.at_url import bring_run, share_run
@@ -46,10 +47,11 @@ from orchestrator.runtime.resume_checks import (
 )
 from orchestrator.runtime.rng import restore_rng, save_rng
 from orchestrator.runtime.worker import Worker
-from orchestrator.types import ApplyPlan, Branched, Event, Target
+from orchestrator.types import ApplyPlan, Branched, Event, Target, WorkersChanged
 
 logger = logging.getLogger(__name__)
 
+_RECENT = 1024  # steps; far more than a controller in another process has not heard of yet
 _TRIES_APART = 0.1  # of the patience with the storage
 
 _IN_FORCE_TYPES: Mapping[str, type] = {cls.__name__: cls for cls in (InForce, Ramp, Target)}
@@ -65,6 +67,7 @@ class Resumed:
     pending: ApplyPlan | None
     in_force: InForce | None  # with the last step of the checkpoint
     stop: str | None = None  # why no step is taken
+    last_batch: int = 0  # of the step just taken, where the group changed between that step and the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,23 @@ class _Saving:
     at: Moment
     why: str
     paused_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regroup:
+    """A change of the group, as its rank zero needs to know of it."""
+
+    before: int  # workers
+    takes_over: bool  # rank zero is another process than before
+    known: Sequence[FinishedStep]  # all ranks' part of them is known, and the folder may lack them
+    newcomers_s: float  # how old the processes of its newcomers are, together
+    lost: str | None  # what broke the group before, if something did
+    began_s: float  # when training paused
+    now: Callable[[], float]
+
+    def cost_s(self) -> float:
+        """What the change has taken of training so far."""
+        return self.now() - self.began_s
 
 
 @final
@@ -112,8 +132,10 @@ class History:
         self._desk = ControlDesk(self._folder, journal=self.journal, rules=rules, workers_stay=worker.workers_stay)
         self._budget = BudgetWatch(config, run=self._folder, worker=worker, journal=self.journal, rules=rules)
         self._stop_reason: str | None = None  # the controller's
+        self.view: View | None = None  # of the group that the controller asked for last; rank zero's
         self._told = Moment(step=0, samples_seen=0)  # what the controller has heard of
         self._announced: ApplyPlan | None = None
+        self._recent: deque[FinishedStep] = deque(maxlen=_RECENT)  # known to all ranks, where the group may change
 
     def begin(self, *, resume: bool) -> Resumed:
         """Collective. Open the folder, load the newest whole checkpoint if there is one, and meet the controller."""
@@ -243,6 +265,7 @@ class History:
             plan=plan,
             stop=said.stop or commands.stop is not None or requested,
             hold=commands.hold is not None,
+            regroup=self._regroup_asked(commands.regroup),
             save=self._desk.asks_to_save() or commands.save is not None or self._tries_to_save_again(),
             saved_step=self._store.under_way if self._store.is_written else None,
             rest_steps=rest_steps,
@@ -261,6 +284,10 @@ class History:
         self._storage_trouble = trouble or self._storage_trouble
         return trouble is not None
 
+    def _regroup_asked(self, view: View | None) -> bool:
+        self.view = view or self.view
+        return view is not None
+
     def _coming(self) -> ApplyPlan | None:
         """The decision on its way. Waits for it to be taken, where that is due."""
         for step in self.journal.decisions_on_their_way:
@@ -274,11 +301,22 @@ class History:
         """Collective when the ledger is kept. Take in finished steps, in order."""
         if self._config.ledger:
             self.journal.ledger(finished, self._worker.collective.gather([list(step.spans) for step in finished]))
-        if self._worker.rank == 0:
-            for step in finished:
+        self._take_in(finished)
+
+    def steps_in_part(self, finished: Sequence[FinishedStep]) -> None:
+        """Take in steps that a rank took part in which is gone, with what it measured of them."""
+        if self._config.ledger:
+            self.journal.planned_ledger(finished)
+        self._take_in(finished)
+
+    def _take_in(self, finished: Sequence[FinishedStep]) -> None:
+        for step in finished:
+            if self._worker.rank == 0:
                 self._brain.post(step.measured)
-                sample = step.measured.sample
-                self._told = Moment(step=sample.step + 1, samples_seen=sample.samples_seen)
+            sample = step.measured.sample
+            self._told = Moment(step=sample.step + 1, samples_seen=sample.samples_seen)
+        if self._worker.membership is not None:
+            self._recent.extend(finished)
         self.journal.steps(finished)
 
     def without_the_others(self, finished: Sequence[FinishedStep]) -> None:
@@ -430,6 +468,124 @@ class History:
     def _say_not_saved(self, error: CheckpointError, at: Moment) -> None:
         self._outage.failed(str(error))
         self.journal.event("checkpoint_failed", reason=str(error), step=at.step, samples_seen=at.samples_seen)
+
+    # Where the group changes while training goes on
+
+    @property
+    def told(self) -> Moment:
+        """Before which step: the first of which this rank does not know what all ranks measured."""
+        return self._told
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written behind training's back; the same on all ranks."""
+        return self._saving is not None
+
+    def give_up_saving(self) -> None:
+        """After a rank was lost: nobody waits for the others, and what cannot be finished is left."""
+        if self.journal.is_open:
+            self.finish_save(alone=True)
+        else:
+            self._saving = None
+            self._store.forget_save()
+
+    def hand_over(self) -> dict[str, Any]:
+        """Rank zero's: let go of the folder, for another one goes on with it; what that one should know."""
+        self.finish_save()
+        memory = self.journal.memory()
+        self.journal.close()
+        return memory
+
+    def live_memory(self, *, since: int) -> dict[str, Any]:
+        """What a rank that is behind, or new, needs to know besides tensors; of the steps those from ``since`` on."""
+        return {
+            "journal": self.journal.memory(),
+            "calibration": self._calibration.memory(),
+            "told": self._told,
+            "recent": [step for step in self._recent if step.measured.sample.step >= since],
+            "saved_step": self._saved_step,
+            "rng": save_rng(),
+        }
+
+    def remember_live(self, memory: Mapping[str, Any], *, joins: bool) -> None:
+        """What ``live_memory`` of another rank gave."""
+        self.journal.remember(memory["journal"])
+        self._calibration.remember(memory["calibration"])
+        self._recent.extend(step for step in memory["recent"] if step.measured.sample.step >= self._told.step)
+        self._told, self._saved_step = memory["told"], memory["saved_step"]
+        if joins:
+            restore_rng(memory["rng"])
+
+    def regrouped(self, change: Regroup, in_part: Sequence[FinishedStep]) -> Welcome:
+        """Collective. Meet the controller as the group of ``change``, with the steps that are known in part only."""
+        met: Welcome | Exception | None = None
+        if self._worker.rank == 0:
+            try:
+                met = self._take_over(change, in_part) if change.takes_over else self._go_on(change, in_part)
+            except Exception as error:  # shared, so that no rank is left waiting
+                met = error
+        else:
+            self._take_in(in_part)
+        met = self._worker.collective.share(met)
+        if isinstance(met, Exception):
+            raise met
+        assert met is not None, "rank zero has a brain"
+        return met
+
+    def _go_on(self, change: Regroup, in_part: Sequence[FinishedStep]) -> Welcome:
+        self.journal.catch_up(change.known)
+        for step in change.known:  # those that the controller has heard of change nothing
+            self._brain.post(step.measured)
+        self.steps_in_part(in_part)
+        changed = WorkersChanged(world_size=self._worker.world_size, resize_cost_s=change.cost_s())
+        welcome = self._brain.replan(changed)
+        self._say_regrouped(change, welcome)
+        return welcome
+
+    def _take_over(self, change: Regroup, in_part: Sequence[FinishedStep]) -> Welcome:
+        """Rank zero is gone, and this rank goes on in its place: with the folder, and towards the controller."""
+        self.journal.open(self._folder, takes_over=True)
+        self.journal.catch_up(change.known)
+        welcome = self._brain.take_over([step.measured for step in self._recent], world_size=self._worker.world_size)
+        self.journal.started(
+            welcome,
+            self._model,
+            checkpoint=None,
+            step=self._told.step,
+            samples_seen=self._told.samples_seen,
+            from_memory=True,
+        )
+        self.steps_in_part(in_part)
+        standing = standing_orders(self._folder)
+        if standing is not None:
+            self._desk.begin(standing, self._brain, self._told)
+        self._stop_reason = self._budget.begin(self._brain, self._told) or self._stop_reason
+        if in_part:  # which the controller has heard of only now
+            changed = WorkersChanged(world_size=self._worker.world_size, resize_cost_s=None)
+            welcome = self._brain.replan(changed)
+        self._say_regrouped(change, welcome)
+        return welcome
+
+    def _say_regrouped(self, change: Regroup, welcome: Welcome) -> None:
+        for decided_at in self.journal.decisions_on_their_way:
+            self.journal.decision(decided_at, self._brain.answer(decided_at))
+        self.journal.paid.regrouped(newcomers_s=change.newcomers_s)
+        self._announced = welcome.pending
+        if change.lost is not None:
+            self.journal.event(
+                "fault", reason=change.lost, step=self._told.step, samples_seen=self._told.samples_seen, survived=True
+            )
+        if change.before != self._worker.world_size:
+            self.journal.event(
+                "resize",
+                reason=f"{change.before} to {self._worker.world_size} workers, without stopping",
+                step=self._told.step,
+                samples_seen=self._told.samples_seen,
+                from_workers=change.before,
+                to_workers=self._worker.world_size,
+                cost_s=change.cost_s(),
+                live=True,
+            )
 
     def hold_failed(self) -> None:
         """The checkpoint of a resize could not be written: training goes on as it is."""

@@ -80,7 +80,7 @@ class Journal:
         self._outlook = Outlook()
         self._writer: RunWriter | None = None
         self._mirror: Mirror | None = None  # where the run is kept at a URL
-        self._trackers = Trackers(worker.trackers)
+        self._trackers = Trackers()
         self.paid = PaidTime(worker)
         # What rank zero saw at the steps whose decisions are on their way.
         self._decided_from: dict[int, tuple[int, NoiseStats]] = {}
@@ -89,15 +89,18 @@ class Journal:
     def is_open(self) -> bool:
         return self._writer is not None
 
-    def open(self, path: Path) -> None:
-        """Begin a new attempt in the folder at ``path``."""
+    def open(self, path: Path, *, takes_over: bool = False) -> None:
+        """Begin a new attempt in the folder at ``path``; ``takes_over`` from a process that wrote until now."""
         self._writer = RunWriter(path, now=self._worker.now)
+        self._trackers = Trackers(self._worker.trackers())
         try:
             self._mirror = mirror_of(self._config, path, say=self._trackers.say)
         except BaseException:
             self._writer.close()
             raise
-        self.paid.limit(path)
+        self.paid = PaidTime(self._worker, anew=takes_over)
+        if not takes_over:
+            self.paid.limit(path)
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the lines after it go on as if there had been no break."""
@@ -114,9 +117,11 @@ class Journal:
         self._groups = dict(codec.decode(memory.get("groups", []), STATE_TYPES))  # none before they were there
 
     def steps(self, finished: Sequence[FinishedStep]) -> None:
-        """A line for each step."""
-        if self._writer is not None:
-            self._append(folder.METRICS, *map(self._line, finished))
+        """A line for each step. All ranks take it in, for any of them may have to go on with the folder."""
+        if self._writer is None and self._worker.membership is None:
+            return
+        lines = list(map(self._line, finished))
+        self._append(folder.METRICS, *lines)
 
     def ledger(self, finished: Sequence[FinishedStep], taken: Sequence[Any]) -> None:
         """Which positions each step consumed; ``taken`` holds, by rank, the spans of each step."""
@@ -128,14 +133,49 @@ class Journal:
             ),
         )
 
+    def catch_up(self, finished: Sequence[FinishedStep]) -> None:
+        """Write the lines that the one who wrote before did not come to write, of steps that were taken in already."""
+        if self._config.ledger:
+            self.planned_ledger([step for step in finished if step.measured.sample.step > self._written(folder.LEDGER)])
+        late = [step for step in finished if step.measured.sample.step > self._written(folder.METRICS)]
+        self._append(folder.METRICS, *(self._row(step, self._fresh_stats(decides=False)) for step in late))
+
+    def planned_ledger(self, finished: Sequence[FinishedStep]) -> None:
+        """The ledger of steps that a rank which is gone took part in: what the plan gave to each was used, for else
+        the mean gradient had not come to be."""
+        ranks = range(max((step.plan.world_size for step in finished), default=0))
+        taken = [
+            [
+                [(step.measured.sample.samples_seen - step.plan.batch + offset, size) for offset, size in spans]
+                for step in finished
+                if (spans := step.plan.spans(rank) if rank < step.plan.world_size else ()) is not None
+            ]
+            for rank in ranks
+        ]
+        self.ledger(finished, taken)
+
+    def _written(self, name: str) -> int:
+        """The last step that the folder has a line of."""
+        assert self._writer is not None, "open() comes first"
+        last = -1
+        for row in folder.rows(self._writer.folder / name):
+            last = int(row["step"])
+        return last
+
     def _line(self, finished: FinishedStep) -> Mapping[str, Any]:
         measured, plan, sample = finished.measured, finished.plan, finished.measured.sample
         self._noise = noise.absorb(self._noise, sample, self._rules.noise)
-        if measured.step_time_s is not None and (outcome := self._outlook.saw(measured.step_time_s, plan)):
-            self._say_outcome(outcome, step=sample.step, samples_seen=sample.samples_seen)
+        if self._writer is not None and measured.step_time_s is not None:
+            outcome = self._outlook.saw(measured.step_time_s, plan)
+            if outcome is not None:
+                self._say_outcome(outcome, step=sample.step, samples_seen=sample.samples_seen)
         stats = self._fresh_stats(decides=finished.decides)
         if finished.decides:
             self._decided_from[sample.step] = (sample.samples_seen, stats)
+        return self._row(finished, stats)
+
+    def _row(self, finished: FinishedStep, stats: NoiseStats) -> Mapping[str, Any]:
+        measured, plan, sample = finished.measured, finished.plan, finished.measured.sample
         row = {
             "step": sample.step,
             "samples_seen": sample.samples_seen,
@@ -221,6 +261,11 @@ class Journal:
         """The steps at which they were taken."""
         return sorted(self._decided_from)
 
+    def forget_decisions(self, steps: Sequence[int]) -> None:
+        """Those that rank zero writes down now."""
+        for step in steps:
+            self._decided_from.pop(step, None)
+
     def decision(self, step: int, action: Action) -> None:
         """Write down the decision of ``step``, unless a checkpoint did so before it was due."""
         if step not in self._decided_from:
@@ -257,12 +302,14 @@ class Journal:
         checkpoint: Path | None,
         step: int,
         samples_seen: int,
+        from_memory: bool = False,
     ) -> None:
+        """``from_memory``: no checkpoint was needed, for others had what a process took with it that is gone."""
         assert self._writer is not None, "open() comes first"
         self._follow(self._writer.folder)
         plan = welcome.now.plan
         self.event(
-            "started" if checkpoint is None else "resumed",
+            "started" if checkpoint is None and not from_memory else "resumed",
             reason=welcome.now.reason,
             step=step,
             samples_seen=samples_seen,
@@ -281,7 +328,8 @@ class Journal:
         )
         for note in welcome.notes:
             self.note(note, step=step, samples_seen=samples_seen)
-        self._warn_of_batch_norm(model, step=step, samples_seen=samples_seen)
+        if checkpoint is not None or not from_memory:
+            self._warn_of_batch_norm(model, step=step, samples_seen=samples_seen)
 
     def note(self, note: Mapping[str, Any], *, step: int | None, samples_seen: int | None) -> None:
         """An event of the cluster."""
@@ -320,8 +368,10 @@ class Journal:
             logger.exception("what the trackers said at their end could not be written down")
         if self._mirror is not None:
             self._mirror.close()
+            self._mirror = None
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
     def _warn_of_batch_norm(self, model: nn.Module, *, step: int, samples_seen: int) -> None:
         layers = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -343,7 +393,7 @@ class Journal:
         tracking.follow(self._trackers, self._config, path, now=self._worker.now)
 
     def _append(self, name: str, *rows: Mapping[str, Any]) -> None:
-        if self._writer is not None:
+        if self._writer is not None and rows:
             self._writer.append(name, *rows)
             self._trackers.take(name, rows)
             self._write_notes()

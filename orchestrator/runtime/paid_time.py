@@ -33,10 +33,13 @@ def process_age_s() -> float:
 class PaidTime:
     """For each worker of this attempt: from its process's start, where that was started for the run, or from now on."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, anew: bool = False) -> None:
+        """``anew``: another process has counted what these workers cost so far."""
         self._worker = worker
-        self._age_s = process_age_s() if worker.own_process else 0.0
-        self._made_s = worker.now()
+        self._age_s = process_age_s() if worker.own_process and not anew else 0.0
+        self._counted_s = worker.now()  # up to then
+        self._first_workers = self._workers = max(1, worker.world_size)
+        self._worker_s = 0.0  # up to then, besides the age
 
     def limit(self, run: Path) -> None:
         """Ray may give the run a process that it kept ready: before the run, or its last attempt, it was not paid.
@@ -51,6 +54,19 @@ class PaidTime:
         given = max([written, *(row.get("time", 0.0) for row in folder.rows(run / folder.EVENTS))])
         self._age_s = min(self._age_s, max(0.0, self._worker.wall_time() - given))
 
+    def regrouped(self, *, newcomers_s: float) -> None:
+        """The group has changed; its newcomers' processes are ``newcomers_s`` old together."""
+        now_s = self._worker.now()
+        self._worker_s += (now_s - self._counted_s) * self._workers + newcomers_s
+        self._counted_s, self._workers = now_s, self._worker.world_size
+
+    @property
+    def worker_s(self) -> float:
+        """[worker-seconds]"""
+        since_s = (self._worker.now() - self._counted_s) * self._workers
+        return self._age_s * self._first_workers + self._worker_s + since_s
+
     @property
     def now_s(self) -> float:
-        return self._age_s + self._worker.now() - self._made_s
+        """Seconds, as if all of it had been for those workers that the attempt began with."""
+        return self.worker_s / self._first_workers

@@ -83,6 +83,7 @@ def replica_of(
         device=worker.device,
         find_unused_parameters=config.train.find_unused_parameters,
         averages=not config.train.reproducible,
+        group_changes=worker.membership is not None,
     )
 
 

@@ -52,6 +52,19 @@ class _Participant(nn.Module):
 
 
 @final
+class _Stable(nn.Module):
+    """What a loop may keep while the group changes: whichever wrapper there is at the moment is called."""
+
+    def __init__(self, replica: Replica) -> None:
+        super().__init__()
+        self.module = replica.model
+        self._replica = replica
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._replica.called(*args, **kwargs)
+
+
+@final
 class Replica:
     """``module`` is what the user calls: the model itself on one rank, its DDP wrapper on several.
 
@@ -66,22 +79,42 @@ class Replica:
         device: torch.device,
         find_unused_parameters: bool,
         averages: bool = True,
+        group_changes: bool = False,
     ) -> None:
         self.model = model.to(device)
+        self._collective = collective
+        self._device = device
+        self._find_unused_parameters = find_unused_parameters
+        self._averages = averages
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._buffers = list(self.model.buffers())
         self._ddp: DistributedDataParallel | None = None
-        self._participant = _Participant(self.model, may_leave_unused=find_unused_parameters)
-        if averages and collective.world_size > 1:
+        self._participant = _Participant(self.model, may_leave_unused=find_unused_parameters).to(device)
+        self._stable = _Stable(self) if group_changes else None
+        self.wrap(alike=False)
+
+    def wrap(self, *, alike: bool) -> None:
+        """Collective. Train with the group at hand; ``alike`` says that all ranks have the same weights already."""
+        if self._averages and self._collective.world_size > 1:
             self._ddp = DistributedDataParallel(
-                self._participant.to(device),
-                device_ids=[device] if device.type == "cuda" else None,
-                find_unused_parameters=find_unused_parameters,
+                self._participant,
+                device_ids=[self._device] if self._device.type == "cuda" else None,
+                find_unused_parameters=self._find_unused_parameters,
                 gradient_as_bucket_view=True,  # the sums stay where they were made: a copy less, the same bits
+                init_sync=not alike,
             )
+
+    def unwrap(self) -> None:
+        """Let the group go: nothing here refers to it any more."""
+        self._ddp = None
 
     @property
     def module(self) -> nn.Module:
+        return self.called if self._stable is None else self._stable
+
+    @property
+    def called(self) -> nn.Module:
+        """With the group at hand."""
         return self.model if self._ddp is None else self._ddp
 
     @property

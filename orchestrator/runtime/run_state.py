@@ -23,17 +23,30 @@ class RunState:
     plan: BatchPlan
     in_force: InForce | None  # from the first plan on
     end: int  # samples seen then
+    last_batch: int  # samples of the step just taken
 
     def __init__(self, rules: Rules, *, ramp_samples: int) -> None:
         self._rules = rules
         self.next: ApplyPlan | None = None
         self._ramp_samples = ramp_samples
-        self._last_batch = 0
+        self.last_batch = 0
         self.end = rules.total_samples
 
-    def begin(self, *, step: int, samples_seen: int, pending: ApplyPlan | None, in_force: InForce | None) -> None:
-        """``in_force`` is that of the checkpoint, for a plan that changes the batch just there is a jump as well."""
+    def begin(
+        self,
+        *,
+        step: int,
+        samples_seen: int,
+        pending: ApplyPlan | None,
+        in_force: InForce | None,
+        last_batch: int = 0,
+    ) -> None:
+        """``in_force`` is that of the checkpoint, for a plan that changes the batch just there is a jump as well.
+
+        ``last_batch`` is that of the step just taken, where the group changed between that step and the next.
+        """
         self.step, self.samples_seen, self.next, self.in_force = step, samples_seen, pending, in_force
+        self.last_batch = last_batch
 
     def adopt(self, apply: ApplyPlan) -> Jump | None:
         """Train by this plan from here on; the jump, if its target batch is another one than before."""
@@ -103,7 +116,7 @@ class RunState:
         """A step of ``batch`` samples was taken."""
         self.samples_seen += batch
         self.step += 1
-        self._last_batch = batch
+        self.last_batch = batch
 
     @property
     def is_over(self) -> bool:
@@ -116,7 +129,7 @@ class RunState:
 
     def passed(self, every_samples: int | None) -> bool:
         """Whether the step just taken passed a multiple of ``every_samples``."""
-        before = self.samples_seen - self._last_batch
+        before = self.samples_seen - self.last_batch
         return every_samples is not None and is_decision_point(
             before=before, after=self.samples_seen, every_samples=every_samples
         )

@@ -28,8 +28,14 @@ class Step:
     weightless: bool = False  # whether the micro-batch at hand is of the company
     done: int = 0  # micro-batches
     rejected: int | None = None  # the most samples to try next, after memory ran out here
+    lost: str | None = None  # what was seen of a rank that is gone
     again: bool = False  # the same samples come again
     finished: bool = False
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether no further micro-batch of it is computed here."""
+        return self.rejected is not None or self.lost is not None
 
     def take_micro_batch(self) -> tuple[int, bool]:
         """Size of the micro-batch that was handed out, and whether it is the last; raises ``SessionError``."""
@@ -42,7 +48,7 @@ class Step:
         """Raises ``SessionError`` unless every micro-batch was trained, or the step is given up."""
         if self.finished:
             raise SessionError("step() belongs inside the loop over the session, once after a step's micro-batches")
-        if self.done != len(self.spans) and self.rejected is None:
+        if self.done != len(self.spans) and not self.is_given_up:
             raise SessionError(
                 f"step {number}: {self.done} of {len(self.spans)} micro-batches went through backward()"
             )  # fmt: skip

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.config import RunConfig
-from orchestrator.ports import Brain, Collective, Tracker
+from orchestrator.ports import Brain, Collective, Membership, Tracker
 from orchestrator.runtime.brain import LocalBrain
 from orchestrator.runtime.collective import ProcessGroupCollective, Solo
+from orchestrator.runtime.group import Groups
 
 
 def _cannot_hold(path: str) -> None:
@@ -42,7 +43,9 @@ class Worker:
     resize_cost_s: float | None = None  # of the resize that led here, if one did
     folder_ready: bool = False  # the launcher has made or checked the run's folder
     own_process: bool = False  # a launcher has started this process for the run, which pays for it from its start
-    trackers: tuple[Tracker, ...] = ()  # that follow the run besides those of the config; used on rank zero
+    trackers: Callable[[], tuple[Tracker, ...]] = tuple  # that follow the run besides those of the config; rank zero's
+    membership: Membership | None = None  # where the group may change while training goes on,
+    groups: Groups | None = None  # and what forms it
 
     @property
     def rank(self) -> int:

@@ -80,12 +80,12 @@ def test_every_key_of_the_published_shape_exists_and_no_other() -> None:
         "price_per_worker_hour price_per_sample objective smoothness max_smoothness strong_convexity accuracy "
         "branch_every_samples branch_samples branch_tolerance theta shrink ramp half_life_samples confidence",
         "measure": "estimator calibration_samples every_steps groups preconditioned curvature_every_samples leave_out",
-        "workers": "initial min max micro_batches_each when resize_cost_s patience_s retry_samples cpus_per_worker "
-        "gpus_per_worker threads",
+        "workers": "initial min max micro_batches_each when resize resize_cost_s patience_s retry_samples "
+        "cpus_per_worker gpus_per_worker threads",
         "data": "loader_workers prefetch pin_memory seed_each_sample",
         "evaluation": "every_samples",
         "checkpoint": "every_samples keep asynchronous",
-        "recovery": "max_failures storage_patience_s accept_changed",
+        "recovery": "max_failures hang_timeout_s storage_patience_s accept_changed",
         "cluster": "image image_pull_secrets name namespace service_account head worker_groups storage "
         "active_deadline_s pre_running_deadline_s ttl_s backoff_limit idle_timeout_s kueue pod_monitor env secret_env "
         "labels annotations",

@@ -1,0 +1,430 @@
+"""Ray Train's worker group, whose workers may come and go while the others train.
+
+Ray Train knows the workers that ``get_workers`` gives: it polls them, takes in what they report and ends them. This
+keeps that list, and all that goes by it, the same as the group that the workers have formed: newcomers are started and
+warm up beside it, and stand in the list once they train; those that are gone, or asked to go, are taken out of it.
+
+These are internals of Ray Train (the 2.60 line); ``seam`` names those that are relied upon here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, final
+
+import ray
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.checkpoint.report_handler import ReportCallbackHandler
+from ray.train.v2._internal.execution.training_report import _TrainingReport
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+from ray.train.v2._internal.execution.worker_group.worker import Worker as RayWorker
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from orchestrator.ports import Place, View
+from orchestrator.ray_train.cohort import Cohort
+from orchestrator.ray_train.door import Standing, standing, tell
+from orchestrator.ray_train.slots import Slots
+
+logger = logging.getLogger(__name__)
+
+_SOON_S = 0.25
+_ANSWER_S = 2.0  # for a worker's actor, which runs beside its training
+_GONE = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+
+
+@final
+class LiveWorkerGroup(WorkerGroup):
+    """``follow`` tells it what to do about workers that are gone; until then Ray Train does what it always does."""
+
+    _worker_group_context: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._slots: Slots | None = None
+        self._slot_of: dict[str, Any] = {}  # by member
+        self._store: TCPStore | None = None
+        self._workers_by_member: dict[str, RayWorker] = {}
+        self._view: View | None = None  # the newest that was told
+        self._installed = -1  # the generation that ``get_workers`` shows
+        self._cohort: Cohort | None = None
+        self._leaving: list[tuple[RayWorker, int]] = []  # and how often each was looked after
+        self._fewest: int | None = None
+        self._hang_timeout_s: float | None = None
+        self._unheard: dict[str, int] = {}
+        self._being_taken: set[str] = set()  # nodes that will go
+        self.notes: list[Mapping[str, Any]] = []  # what happened, for the run's events
+        self.alarm = threading.Event()  # something is wrong: look at once
+        self.lost = 0  # workers
+        self.pause_s: float | None = None  # that the newest change took of training
+
+    def follow(self, *, fewest: int, hang_timeout_s: float | None) -> None:
+        """Go on with those that are left, when workers are lost and at least ``fewest`` are."""
+        self._fewest, self._hang_timeout_s = fewest, hang_timeout_s
+
+    # Beginning, with the names and the order that Ray Train's own start uses
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Slots:
+        self._slots = Slots.asked(
+            worker_group_context.num_workers,
+            resources=worker_group_context.resources_per_worker,
+            strategy=worker_group_context.placement_strategy,
+            selectors=worker_group_context.label_selector,
+        )
+        return self._slots
+
+    def _create_workers(self, num_workers: int, placement_group: Any, *args: Any, **kwargs: Any) -> list[RayWorker]:
+        """One in each slot; ``placement_group`` is the first of them."""
+        assert self._slots is not None, "the slots were made first"
+        groups = self._slots.groups[-num_workers:]
+        resources = self._worker_group_context.resources_per_worker
+        create = super()._create_workers
+        with ThreadPoolExecutor(num_workers) as pool:
+            created = list(pool.map(lambda group: create(1, group, resources)[0], groups))
+        for worker, group in zip(created, groups, strict=True):
+            self._slot_of[member_of(worker)] = group
+            self._workers_by_member[member_of(worker)] = worker
+        started = WorkerGroup._assign_worker_ranks(
+            created,
+            starting_world_rank=kwargs.get("starting_world_rank", 0),
+            world_size=kwargs.get("world_size"),
+        )
+        return list(started)
+
+    def open(self) -> None:
+        """Tell the first workers that they are the first group, before they train."""
+        host = ray.util.get_node_ip_address()
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        view = self._view_of(self.get_workers(), host=host)
+        self._view, self._installed = view, view.generation
+        ray.get([worker.execute_async(tell, view) for worker in self.get_workers()])
+
+    # Coming and going
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether a view was told that is not in force yet."""
+        return self._view is not None and self._view.generation > self._installed
+
+    @property
+    def recruits(self) -> bool:
+        """Whether newcomers are on their way."""
+        return self._cohort is not None
+
+    @property
+    def newcomers(self) -> int:
+        """How many have warmed up and may be taken in."""
+        return len(self._cohort.workers) if self._cohort is not None and self._cohort.is_ready(self._standings) else 0
+
+    @property
+    def preempted(self) -> int:
+        """How many workers are on nodes that will be taken away."""
+        return sum(worker.metadata.node_id in self._being_taken for worker in self.get_workers())
+
+    @property
+    def looks_every_s(self) -> float | None:
+        """How soon to look again, where that is sooner than usual: something is wrong, or a change is under way."""
+        if self.alarm.is_set():
+            return 0.0
+        return _SOON_S if self.is_changing or self.recruits else None
+
+    def recruit(self, number: int) -> None:
+        """Start so many newcomers beside the group; returns at once."""
+        self._cohort = Cohort(self, number, timeout_s=self._worker_group_start_timeout_s)
+
+    def start_beside(self, slots: Slots) -> list[RayWorker]:
+        """Start workers in ``slots`` and let them warm up. Called from the cohort's thread."""
+        assert self._slots is not None, "the group was started"
+        self._slots.add(slots)
+        number, now = len(slots.groups), len(self.get_workers())
+        workers = self._create_workers(number, slots.groups[0], starting_world_rank=now, world_size=now + number)
+        self._init_train_context(workers, self.get_worker_group_state().sync_actor)
+        # Ray's report handler would forget what it has of the others.
+        callbacks = [cb for cb in self._replica_group_callbacks if not isinstance(cb, ReportCallbackHandler)]
+        beside = ReplicaGroup(workers, self._worker_group_context.resources_per_worker, callbacks)
+        beside.start_training(self._worker_group_context)
+        return workers
+
+    def view_with(self, number: int) -> View:
+        """Of a group of ``number``: those who stay, none from a node that will go, and newcomers where more are wanted.
+
+        Newcomers are told of it; the others hear of it from rank zero, at the boundary where they agree.
+        """
+        stay = [worker for worker in self.get_workers() if worker.metadata.node_id not in self._being_taken]
+        stay, come = stay[:number], []
+        if self._cohort is not None:
+            come = self._cohort.workers[: number - len(stay)]
+        view = self._view_of([*stay, *come])
+        self._view = view
+        for worker in come:
+            worker.execute_async(tell, view)
+        return view
+
+    def look(self) -> None:
+        """After every poll: take into force what the workers have done, and see to what goes wrong."""
+        if self._cohort is not None and self._cohort.problem is not None:
+            self._drop_cohort(self._cohort.problem)
+        self._install_formed()
+        self._give_up_on_dead_newcomers()
+        self._end_leaving()
+        self._watch()
+
+    def _install_formed(self) -> None:
+        view = self._view
+        if view is None or view.generation <= self._installed:
+            return
+        standings = self._standings([self._workers_by_member[member] for member in view.members])
+        formed = [one for one in standings.values() if one is not None and one.generation >= view.generation]
+        if len(formed) == len(view.members):
+            self.pause_s = formed[0].pause_s
+            self._install(view, reports=formed[0].reports)
+
+    def _install(self, view: View, *, reports: int) -> None:
+        """``view`` is in force: make its members the workers that Ray Train knows."""
+        before = self.get_workers()
+        workers = [self._workers_by_member[member] for member in view.members]
+        world_size = len(workers)
+        for rank, (worker, place) in enumerate(zip(workers, view.places, strict=True)):
+            worker.distributed_context = replace(
+                worker.distributed_context, world_rank=rank, world_size=world_size, **_fields(place)
+            )
+        polls = {id(before[rank]): poll for rank, poll in self._world_rank_to_ongoing_poll.items()}
+        self._carry_reports(before, workers, reports=reports, forced=view.lost is not None)
+        self._worker_group_state = replace(self.get_worker_group_state(), workers=workers)
+        self._worker_group_context = replace(self._worker_group_context, num_workers=world_size)
+        self._world_rank_to_ongoing_poll.clear()
+        self._world_rank_to_ongoing_poll.update(
+            {rank: polls[id(worker)] for rank, worker in enumerate(workers) if id(worker) in polls}
+        )
+        resources = self._worker_group_context.resources_per_worker
+        self._replica_groups = [
+            ReplicaGroup([worker], resources, self._replica_group_callbacks) for worker in workers
+        ]  # fmt: skip
+        self._worker_rank_to_replica_group_rank = {rank: rank for rank in range(world_size)}
+        for callback in self._callbacks:
+            if isinstance(callback, PreemptionCallback):  # it watches the nodes of the workers that it was given
+                callback.after_worker_group_start(self)
+        self._installed = view.generation
+        self._leaving += [(worker, 0) for worker in before if worker not in workers]
+        if self._cohort is not None:
+            self._cohort.workers = [worker for worker in self._cohort.workers if worker not in workers]
+            if not self._cohort.workers:
+                self._cohort = None
+        logger.info("%d workers train now, and %d did before", world_size, len(before))
+
+    def _carry_reports(
+        self, before: Sequence[RayWorker], workers: Sequence[RayWorker], *, reports: int, forced: bool
+    ) -> None:
+        """Ray Train takes in a report once every worker has made it: newcomers count as having made those before."""
+        handler = next(cb for cb in self._callbacks if isinstance(cb, ReportCallbackHandler))
+        manager = next(cb for cb in self._callbacks if isinstance(cb, CheckpointManager))
+        queues = handler._training_report_queues
+        made = {id(worker): queue for worker, queue in zip(before, queues, strict=True)}
+        blank = _TrainingReport(checkpoint=None, metrics={}, validation=False)
+        owed = 0 if forced else max(0, reports - manager._current_report_index)
+        handler._training_report_queues = [
+            made.get(id(worker), deque([blank] * owed)) if not forced else deque() for worker in workers
+        ]
+
+    # What goes wrong
+
+    def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[WorkerStatus]:
+        """Without those that the others go on without."""
+        self._install_if_begun()  # those who have just joined may be the ones that are gone
+        workers = list(self.get_workers())
+        results: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
+        self.alarm.clear()
+        if self._fewest is None:
+            return results
+        gone = {rank for rank, result in enumerate(results) if isinstance(result.error, _GONE)}
+        left = [rank for rank in range(len(workers)) if rank not in gone]
+        if (
+            gone
+            and len(left) >= self._fewest
+            and all(results[rank].error is None and results[rank].running for rank in left)
+        ):
+            self._go_on_without([workers[rank] for rank in gone], results)
+            results = [results[rank] for rank in left]
+        return self._without_notices(results)
+
+    def _go_on_without(self, gone: Sequence[RayWorker], results: Sequence[WorkerStatus]) -> None:
+        """Tell those that are left that they are the group now."""
+        self._install_if_begun()
+        for worker in gone:
+            self._end(worker)
+        self.lost += len(gone)
+        left = [worker for worker in self.get_workers() if worker not in gone]
+        view = replace(self._view_of(left), lost=", and ".join(map(_obituary, gone)))
+        self._view = view
+        state = self.get_worker_group_state()
+        state.sync_actor.reset.remote()  # those who wait for the others in a report go on without it
+        for worker in left:
+            worker.actor.clear_result_queue.remote()
+        self._install(view, reports=0)
+        self._leaving = [(worker, looks) for worker, looks in self._leaving if worker not in gone]
+        for worker in [*left, *([] if self._cohort is None else self._cohort.workers)]:
+            worker.execute_async(tell, view)
+
+    def _give_up_on_dead_newcomers(self) -> None:
+        """Those who wait for one that died before it joined go on as they were."""
+        if self._cohort is None or not self.is_changing:
+            return
+        dead = self._dead(self._cohort.workers)
+        if not dead:
+            return
+        view = replace(self._view_of(self.get_workers()), lost=", and ".join(map(_obituary, dead)))
+        self._view = view
+        for worker in self.get_workers():
+            worker.execute_async(tell, view)
+        self._drop_cohort(view.lost or "")
+
+    def _install_if_begun(self) -> None:
+        """A view that some have formed already is in force, though not all have said so."""
+        view = self._view
+        if view is None or view.generation <= self._installed:
+            return
+        standings = self._standings([self._workers_by_member[member] for member in view.members])
+        formed = [one for one in standings.values() if one is not None and one.generation >= view.generation]
+        if formed:
+            self._install(view, reports=formed[0].reports)
+
+    def _without_notices(self, results: list[WorkerStatus]) -> list[WorkerStatus]:
+        """Ray Train would start all workers again because a node goes; where others are left, they go on instead."""
+        infos = [result.preemption_info for result in results if result.preemption_info is not None]
+        if not infos:
+            return results
+        taken = {node for info in infos for node in info.preempted_node_to_ranks}
+        stay = [worker for worker in self.get_workers() if worker.metadata.node_id not in taken]
+        if self._fewest is None or len(stay) < self._fewest:
+            return results
+        self._being_taken |= taken
+        return [replace(result, preemption_info=None) for result in results]
+
+    def _watch(self) -> None:
+        """Find workers that hang: nothing is heard of them, or they keep the others waiting."""
+        if self._fewest is None or self._hang_timeout_s is None:
+            return
+        standings = self._standings(self.get_workers())
+        hanging = [
+            worker
+            for worker in self.get_workers()
+            if (one := standings[member_of(worker)]) is not None
+            and not one.waits
+            and one.quiet_s > self._hang_timeout_s
+        ]
+        for worker in hanging:
+            logger.warning("worker %s has done nothing for %g s: it is ended", worker, self._hang_timeout_s)
+            self._end(worker)  # the next poll finds it gone
+
+    def _dead(self, workers: Sequence[RayWorker]) -> list[RayWorker]:
+        asked = {worker.execute_async(standing): worker for worker in workers}
+        there, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
+        dead = []
+        for reference in there:
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayActorError:
+                dead.append(asked[reference])
+        return dead
+
+    def _standings(self, workers: Sequence[RayWorker]) -> dict[str, Standing | None]:
+        """What each worker's door says; ``None`` of one that does not answer."""
+        asked = {member_of(worker): worker.execute_async(standing) for worker in workers}
+        there, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
+        heard = set(there)
+        found: dict[str, Standing | None] = {}
+        for member, reference in asked.items():
+            try:
+                found[member] = ray.get(reference) if reference in heard else None
+            except ray.exceptions.RayError:
+                found[member] = None
+        return found
+
+    # Ending
+
+    def _end_leaving(self) -> None:
+        still = []
+        for worker, looks in self._leaving:
+            status = self._standings([worker])[member_of(worker)]
+            if status is None or status.left or looks >= _LOOKS:
+                self._end(worker)
+            else:
+                still.append((worker, looks + 1))
+        self._leaving = still
+
+    def _drop_cohort(self, why: str) -> None:
+        assert self._cohort is not None
+        self.notes.append({"kind": "workers_failed", "reason": f"newcomers did not come to train: {why}"})
+        for worker in self._cohort.workers:
+            self._end(worker)
+        self._cohort.give_back()
+        self._cohort = None
+
+    def _end(self, worker: RayWorker) -> None:
+        ray.kill(worker.actor)
+        slot = self._slot_of.pop(member_of(worker), None)
+        if slot is not None and self._slots is not None:
+            self._slots.give_back(slot)
+
+    def _clear_state(self) -> None:
+        if self._cohort is not None:
+            self._drop_cohort("the group ends")
+        for worker, _ in self._leaving:
+            self._end(worker)
+        self._leaving = []
+        super()._clear_state()
+
+    def _view_of(self, workers: Sequence[RayWorker], *, host: str | None = None) -> View:
+        assert self._store is not None
+        before = self._view
+        if host is None:
+            assert before is not None, "the first view is told by open()"
+            host = before.store[0]
+        return View(
+            generation=0 if before is None else before.generation + 1,
+            members=tuple(map(member_of, workers)),
+            places=places_of(workers),
+            store=(host, self._store.port),
+        )
+
+
+_LOOKS = 10
+
+
+def member_of(worker: RayWorker) -> str:
+    """As the worker's own process calls itself."""
+    return str(worker.actor._actor_id.hex())
+
+
+def _obituary(worker: RayWorker) -> str:
+    where = f"process {worker.metadata.pid} on node {worker.metadata.node_ip}"
+    return f"the worker of rank {worker.distributed_context.world_rank} is gone ({where})"
+
+
+def places_of(workers: Sequence[RayWorker]) -> tuple[Place, ...]:
+    """Where each runs, counted over these workers alone."""
+    nodes = list(dict.fromkeys(worker.metadata.node_ip for worker in workers))
+    on: dict[str, int] = dict.fromkeys(nodes, 0)
+    sizes = {node: sum(worker.metadata.node_ip == node for worker in workers) for node in nodes}
+    places = []
+    for worker in workers:
+        node = worker.metadata.node_ip
+        places.append(Place(local_rank=on[node], local_world_size=sizes[node], node_rank=nodes.index(node)))
+        on[node] += 1
+    return tuple(places)
+
+
+def _fields(place: Place) -> dict[str, int]:
+    return {
+        "local_rank": place.local_rank,
+        "local_world_size": place.local_world_size,
+        "node_rank": place.node_rank,
+    }
