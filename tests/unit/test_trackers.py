@@ -60,7 +60,7 @@ def followed(path: Path, *trackers: Recorder, **sections: Any) -> torch.Tensor:
     settings = config(path, **{"train": {"samples": 320}, **sections})
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    worker = replace(local_worker(settings), trackers=trackers)
+    worker = replace(local_worker(settings), trackers=lambda: trackers)
     with Session(settings, model=model, optimizer=optimizer, dataset=blobs(), worker=worker) as session:
         for step in session:
             for samples in step:
