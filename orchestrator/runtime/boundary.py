@@ -67,6 +67,16 @@ class Boundary:
         """Whether a stop was heard, the same on all ranks."""
         return self._asked.stop or self._stopped is not None
 
+    @property
+    def asked(self) -> Announcement:
+        """What was heard and not done yet, the same on all ranks."""
+        return self._asked
+
+    def go_on_in_another_group(self, asked: Announcement) -> None:
+        """``asked`` is what its ranks had heard before it, which newcomers have not."""
+        self._asked = asked
+        self._exchange.begin_anew()
+
     def took(self, step: OwnStep) -> None:
         """Collective. A step of the run was taken."""
         self._hear(self._exchange.add(step, stop=self._wants_stop))

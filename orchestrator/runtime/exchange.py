@@ -129,12 +129,19 @@ class Exchange:
         """Write down the steps that no exchange told of: training has failed here, and the others cannot be asked."""
         self._history.without_the_others(self.give_up())
 
+    def begin_anew(self) -> None:
+        """In another group, whose newcomers know nothing of what was agreed before: who waits for which step.
+
+        A decision that was yet to be announced is known to all, for the new group was welcomed with it.
+        """
+        self._rest_steps = 0
+        self._announces.clear()
+
     def give_up(self) -> list[FinishedStep]:
         """Forget what no exchange told of: the steps, with what all ranks know of them alike."""
         steps = [*([] if self._under_way is None else self._under_way.steps), *self._waiting]
         unknown = StepSums(weighted_sq_sum=math.nan, loss_sum=math.nan)
-        self._under_way, self._waiting, self._rest_steps = None, [], 0
-        self._announces.clear()
+        self._under_way, self._waiting = None, []
         return [self._finished(step, unknown) for step in steps]
 
     def _rest(self, steps: Sequence[OwnStep]) -> int:

@@ -530,6 +530,7 @@ class History:
         if isinstance(met, Exception):
             raise met
         assert met is not None, "rank zero has a brain"
+        self.journal.forget_decisions(self.journal.decisions_on_their_way)  # rank zero has written them down
         return met
 
     def _go_on(self, change: Regroup, in_part: Sequence[FinishedStep]) -> Welcome:

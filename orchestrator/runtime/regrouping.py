@@ -18,6 +18,7 @@ from orchestrator.core.controller import Rules
 from orchestrator.core.ramp import InForce
 from orchestrator.errors import CheckpointError, GroundswellError
 from orchestrator.ports import Membership, View
+from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.boundary import Boundary
 from orchestrator.runtime.collective import Apart, ChangingCollective
 from orchestrator.runtime.course import Course
@@ -59,6 +60,7 @@ class _Given:
     last_batch: int
     in_force: InForce | None
     memory: Mapping[str, Any]
+    asked: Announcement
     in_part: Sequence[FinishedStep]
 
 
@@ -262,6 +264,7 @@ class Regrouping:
                 last_batch=given.last_batch,
             )
         )
+        self._boundary.go_on_in_another_group(given.asked)
         self.goal = furthest.point
         self._membership.formed(
             view, max((one.carried for one in standings), key=lambda one: tuple(one.values())), pause_s=change.cost_s()
@@ -275,6 +278,7 @@ class Regrouping:
             last_batch=state.last_batch,
             in_force=state.in_force,
             memory=self._history.live_memory(since=since),
+            asked=self._boundary.asked,
             in_part=in_part,
         )
 
