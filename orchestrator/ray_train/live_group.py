@@ -59,7 +59,6 @@ class LiveWorkerGroup(WorkerGroup):
         self._leaving: list[tuple[RayWorker, int]] = []  # and how often each was looked after
         self._fewest: int | None = None
         self._hang_timeout_s: float | None = None
-        self._unheard: dict[str, int] = {}
         self._being_taken: set[str] = set()  # nodes that will go
         self.notes: list[Mapping[str, Any]] = []  # what happened, for the run's events
         self.alarm = threading.Event()  # something is wrong: look at once
@@ -69,6 +68,8 @@ class LiveWorkerGroup(WorkerGroup):
     def follow(self, *, fewest: int, hang_timeout_s: float | None) -> None:
         """Go on with those that are left, when workers are lost and at least ``fewest`` are."""
         self._fewest, self._hang_timeout_s = fewest, hang_timeout_s
+        if hang_timeout_s is not None:  # a process that stands still does not answer Ray's polls either
+            self._worker_health_check_timeout_s = min(self._worker_health_check_timeout_s, hang_timeout_s)
 
     # Beginning, with the names and the order that Ray Train's own start uses
 
