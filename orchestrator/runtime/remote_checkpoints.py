@@ -75,6 +75,7 @@ class CheckpointsThere:
         self._remote.write(f"{where}/{_MANIFEST}", manifest)
         self._manifests[step] = manifest
         self._sent.add(step)
+        self._look_again()
         moved()
         shutil.rmtree(path, ignore_errors=True)
 
@@ -96,6 +97,10 @@ class CheckpointsThere:
         for step in steps:
             if step not in kept and step not in here:
                 self._forget(step)
+
+    def _look_again(self) -> None:
+        """What a process that is dead had sent may arrive only after its end, and after this one's beginning."""
+        self._names |= self._remote.sizes(CHECKPOINTS).keys()
 
     def _forget(self, step: str) -> None:
         files = sorted(name for name in self._names if name.startswith(f"{CHECKPOINTS}/{step}/"))

@@ -156,7 +156,9 @@ def test_a_run_that_is_killed_while_it_sends_goes_on_from_what_is_whole(door: Do
     finally:
         process.kill()
         process.wait()
+        door.shut()  # what is on its way is lost with the machine
         door.bytes_per_s = None
+        door.open()
     whole = max(steps - half)
     other = settings(s3, tmp_path / "other", steps=1000)
     with pytest.raises(KeyboardInterrupt):
@@ -167,6 +169,17 @@ def test_a_run_that_is_killed_while_it_sends_goes_on_from_what_is_whole(door: Do
     assert ledger.verify(run_folder(other)).violation is None
     for step in steps_there(other):
         assert f"checkpoints/step-{step:09d}/manifest.json" in there(other).sizes()
+
+
+def test_what_a_dead_process_had_sent_and_arrives_late_does_not_stay(url: str, tmp_path: Path) -> None:
+    given = settings(url, tmp_path)
+
+    def late(step: int) -> None:
+        if step == 3:
+            there(given).write("checkpoints/step-000000014/__0_0.distcp", b"half")
+
+    train(given, between=late)
+    assert steps_there(given) == [8, 10]
 
 
 def test_orders_at_the_url_reach_the_run(s3: str, tmp_path: Path) -> None:
