@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.core.cursor import Stream
-from orchestrator.errors import CheckpointError, RunFolderError
+from orchestrator.errors import CheckpointError, ConfigError, RunFolderError
 from orchestrator.runtime import folder, ledger
 from orchestrator.runtime.checkpoints import verify
+from orchestrator.runtime.sharding import shard
+from orchestrator.runtime.worker import local_worker
 from orchestrator.session import Session
 from tests.support import blobs, config, cross_entropy, mlp, run_fleet
 
@@ -287,22 +289,24 @@ def test_ranks_that_do_not_share_the_runs_folder_say_so_before_they_train(tmp_pa
         assert "storage that all nodes share" in told
 
 
-def begins(rank: int, path: str, width: int, resume: bool, seed: int) -> None:
-    train(rank, path, make=lambda: mlp(width=width), resume=resume, run={"seed": seed})
+def begins(rank: int, path: str, width: int, resume: bool, seed: int, size: int = 256) -> None:
+    train(rank, path, make=lambda: mlp(width=width), resume=resume, run={"seed": seed}, dataset=blobs(size))
 
 
 def test_what_is_refused_is_refused_on_all_ranks_with_the_same_words(tmp_path: Path) -> None:
     run_fleet(begins, 2, str(tmp_path), 32, False, 0)
     for args, error, words in (
-        ((32, False, 0), RunFolderError, "already holds a run"),
-        ((16, True, 0), CheckpointError, "does not fit this model"),
-        ((32, True, 1), CheckpointError, "seed 0"),
+        ((32, False, 0), RunFolderError, ["already holds a run"]),
+        ((16, True, 0), CheckpointError, ["does not fit this model"]),
+        ((32, True, 1), ConfigError, ["run.seed: 1", "trained with 0"]),
+        ((32, True, 0, 255), CheckpointError, ["dataset_size 256, and it is 255 now"]),
     ):
         found = run_fleet(prompt, 2, begins, str(tmp_path), *args)
+        assert found[0][1:] == found[1][1:]
         for took_s, kind, told in found:
             assert took_s < PROMPT_S
             assert kind == error.__name__
-            assert words in told
+            assert all(each in told for each in words)
     # Only rank zero reads the events.
     written = tmp_path / "run" / folder.EVENTS
     sound = written.read_text()
@@ -322,38 +326,55 @@ def test_what_is_refused_is_refused_on_all_ranks_with_the_same_words(tmp_path: P
 # Storage
 
 
-def on_full_disk(rank: int, path: str, full_rank: int, last: bool) -> None:
+def on_full_disk(rank: int, path: str, parallel: str, full_rank: int, last: bool) -> None:
     """Checkpoints after steps 1, 3 and 5; the disk of one rank is full from step 2 on, to the end or to step 4."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     model = mlp(width=300)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     settings = config(
         path,
-        train={"samples": STEPS * BATCH},
+        train={"samples": STEPS * BATCH, "parallel": parallel},
         batch={"initial": BATCH, "micro_batch": MICRO, "max": BATCH},
-        checkpoint={"every_samples": 2 * BATCH, "asynchronous": False},  # all ranks write, each a part
+        checkpoint={"every_samples": 2 * BATCH, "asynchronous": False},  # all ranks wait for it
         ledger=True,
     )
-    with Session(settings, model=model, optimizer=optimizer, dataset=blobs()) as session:
+    worker = local_worker(settings)
+    shard(model, settings, worker)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with Session(settings, model=model, optimizer=optimizer, dataset=blobs(), worker=worker) as session:
         for step in session:
             full = rank == full_rank and session.step_number >= 2 and (last or session.step_number < 4)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else resource.RLIM_INFINITY, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000 if full else resource.RLIM_INFINITY, hard))
             for samples in step:
-                session.backward(cross_entropy(session.model, samples))
+                session.backward(lambda samples=samples: cross_entropy(session.model, samples))  # type: ignore[misc]
             session.step()
 
 
-@pytest.mark.parametrize("full_rank", [0, 1])
-def test_a_full_disk_of_one_rank_costs_the_checkpoint_and_no_training(tmp_path: Path, full_rank: int) -> None:
-    run_fleet(on_full_disk, 2, str(tmp_path), full_rank, False)
+# Rank zero writes what all ranks hold, and each rank its own shards.
+WRITERS = [("ddp", 0), ("fsdp2", 0), ("fsdp2", 1)]
+
+
+@pytest.mark.parametrize(("parallel", "full_rank"), WRITERS)
+def test_a_full_disk_of_a_rank_that_writes_costs_the_checkpoint_and_no_training(
+    tmp_path: Path, parallel: str, full_rank: int
+) -> None:
+    run_fleet(on_full_disk, 2, str(tmp_path), parallel, full_rank, False)
     assert [e["step"] for e in events(tmp_path, "checkpoint_failed")] == [4]
     assert [e["step"] for e in events(tmp_path, "checkpoint")] == [2, 6]
     assert len(rows_of(tmp_path, "step")) == STEPS
     assert ledger.verify(tmp_path / "run").violation is None
 
 
-def test_when_the_last_checkpoint_fails_on_one_rank_all_ranks_end_with_an_error(tmp_path: Path) -> None:
-    found = run_fleet(prompt, 2, on_full_disk, str(tmp_path), 1, True)
+def test_a_full_disk_of_a_rank_that_writes_nothing_costs_nothing(tmp_path: Path) -> None:
+    run_fleet(on_full_disk, 2, str(tmp_path), "ddp", 1, True)
+    assert [e["step"] for e in events(tmp_path, "checkpoint", "checkpoint_failed")] == [2, 4, 6]
+    assert verify(tmp_path / "run" / "checkpoints" / "step-000000006") is None
+
+
+@pytest.mark.parametrize(("parallel", "full_rank"), WRITERS)
+def test_when_the_last_checkpoint_fails_on_one_rank_all_ranks_end_with_an_error(
+    tmp_path: Path, parallel: str, full_rank: int
+) -> None:
+    found = run_fleet(prompt, 2, on_full_disk, str(tmp_path), parallel, full_rank, True)
     for took_s, kind, told in found:
         assert took_s < PROMPT_S
         assert kind == "CheckpointError"
