@@ -37,14 +37,24 @@ class Cohort:
         self._thread = threading.Thread(target=self._run, name="groundswell-newcomers", daemon=True)
         self._thread.start()
 
-    def is_ready(self, standings: Callable[[Sequence[RayWorker]], Mapping[str, Standing | None]]) -> bool:
-        """Whether all have warmed up."""
+    def is_ready(
+        self,
+        standings: Callable[[Sequence[RayWorker]], Mapping[str, Standing | None]],
+        dead: Callable[[Sequence[RayWorker]], Sequence[RayWorker]],
+    ) -> bool:
+        """Whether all have warmed up. One that imports or compiles may not answer for a while, and is not dead."""
         if not self._started:
             return False
         found = standings(self.workers)
-        if any(one is None for one in found.values()):
-            self.problem = "one of them died, or does not answer"
+        if any(one is None for one in found.values()) and dead(self.workers):
+            self.problem = "one of them died"
         return all(one is not None and one.ready for one in found.values())
+
+    def is_over(self, *, trains: Sequence[RayWorker]) -> bool:
+        """Whether all are among those who train now; not while they are being started."""
+        if self._started:
+            self.workers = [worker for worker in self.workers if worker not in trains]
+        return self._started and not self.workers
 
     def give_back(self) -> None:
         """What was reserved for those that were never started."""

@@ -123,7 +123,8 @@ class LiveWorkerGroup(WorkerGroup):
     @property
     def newcomers(self) -> int:
         """How many have warmed up and may be taken in."""
-        return len(self._cohort.workers) if self._cohort is not None and self._cohort.is_ready(self._standings) else 0
+        cohort = self._cohort
+        return len(cohort.workers) if cohort is not None and cohort.is_ready(self._standings, self._dead) else 0
 
     @property
     def preempted(self) -> int:
@@ -215,10 +216,8 @@ class LiveWorkerGroup(WorkerGroup):
                 callback.after_worker_group_start(self)
         self._installed = view.generation
         self._leaving += [(worker, 0) for worker in before if worker not in workers]
-        if self._cohort is not None:
-            self._cohort.workers = [worker for worker in self._cohort.workers if worker not in workers]
-            if not self._cohort.workers:
-                self._cohort = None
+        if self._cohort is not None and self._cohort.is_over(trains=workers):
+            self._cohort = None
         logger.info("%d workers train now, and %d did before", world_size, len(before))
 
     def _carry_reports(
