@@ -122,7 +122,7 @@ def panel(progress: Progress, *, events: int) -> Panel:
     numbers.add_column(no_wrap=True, overflow="ellipsis")
     epochs = total / seen * row["epoch"]
     numbers.add_row("samples seen", f"{seen:,} of {total:,} (epoch {row['epoch']:.1f} of {epochs:,.4g})")
-    numbers.add_row("loss", f"{row['loss']:.4f}")
+    numbers.add_row("loss", number(None) if row["loss"] is None else f"{row['loss']:.4f}")
     if progress.evaluation is not None:
         at = progress.evaluation["samples_seen"]
         numbers.add_row("held out", f"{metrics_text(progress.evaluation)} (at {at:,} samples)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def measured(row: Mapping[str, Any], estimator: Estimator) -> GradMeasured:
         samples_seen=row["samples_seen"],
         batch=row["global_batch"],
         micro_batches=estimator.parts(plan),
-        loss=row["loss"],
+        loss=math.nan if row["loss"] is None else row["loss"],  # of a step that a lost rank had a part in
         lr=row.get("rule_lr", row["lr"]),
         grad_sq=row["grad_sq"],
         trace_cov=row["trace_cov"],

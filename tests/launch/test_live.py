@@ -219,6 +219,13 @@ def test_the_panel_names_every_number(run: Run) -> None:
         assert part in text, part
 
 
+def test_the_panel_shows_a_step_whose_loss_is_not_known(run: Run) -> None:
+    run.event("started")
+    run.row(0.0)
+    run.row(1.0, samples_seen=64, loss=None)
+    assert "loss  ?" in "\n".join(run.panel())
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_the_panel_keeps_its_frame_and_its_height_at_any_width(run: Run, width: int) -> None:
     assert len(run.panel(width=width)) == 3
