@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import ray
-from ray.train.torch.config import _set_torch_distributed_env_vars
-from ray.train.v2._internal.execution.context import DistributedContext, get_train_context
 
 from orchestrator.ports import View
 
@@ -72,6 +70,10 @@ class Door:
         self._why, self._broken = why, self._generation
 
     def formed(self, view: View, carried: Mapping[str, Any], *, pause_s: float) -> None:
+        # Imported where groups change, and only there: a run whose Ray has them elsewhere never comes here.
+        from ray.train.torch.config import _set_torch_distributed_env_vars
+        from ray.train.v2._internal.execution.context import DistributedContext, get_train_context
+
         rank = view.rank_of(self.member)
         assert rank is not None, "only members form a group"
         place = view.places[rank]
@@ -92,6 +94,8 @@ class Door:
             self._reports, self._generation, self._pause_s = carried["reports"], view.generation, pause_s
 
     def carry(self) -> dict[str, Any]:
+        from ray.train.v2._internal.execution.context import get_train_context
+
         context = get_train_context()
         return {"reports": context.report_call_index, "collectives": context.collective_seq}
 

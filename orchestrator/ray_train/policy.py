@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train.v2._internal.execution.controller.state import RestartingState
@@ -21,8 +21,10 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import SessionError
 from orchestrator.ports import Commands
 from orchestrator.ray_train.host import BrainHost
-from orchestrator.ray_train.live_group import LiveWorkerGroup
 from orchestrator.ray_train.metrics import FleetMetrics
+
+if TYPE_CHECKING:
+    from orchestrator.ray_train.live_group import LiveWorkerGroup
 
 _CALL_TIMEOUT_S = 30.0
 _HOLD_PATIENCE_S = 600.0
@@ -31,7 +33,15 @@ _HOLD_PATIENCE_S = 600.0
 class AdaptiveScalingPolicy(ElasticScalingPolicy):
     """Between ``min`` and ``max`` workers, as many as the controller asks for and the cluster has."""
 
-    def __init__(self, scaling_config: ScalingConfig, config: RunConfig, *, answer_delay_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        config: RunConfig,
+        *,
+        answer_delay_s: float = 0.0,
+        falls_back: str | None = None,
+    ) -> None:
+        """``falls_back`` says why workers cannot come and go while the others train, for the run's events."""
         super().__init__(scaling_config)
         self._config = config
         self._answer_delay_s = answer_delay_s
@@ -43,6 +53,8 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._held_ranks: set[int] = set()
         self._resize_began_s: float | None = None
         self._notes: list[Mapping[str, Any]] = []
+        if falls_back is not None:
+            self._notes.append({"kind": "resize_falls_back", "reason": f"a resize starts all anew: {falls_back}"})
         self._metrics = FleetMetrics(config)
         self._few_since_s: float | None = None  # fewer than the fewest could be started
         self._short: tuple[int, int, float] | None = None  # (there, wanted, since when [s]) while fewer are there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
@@ -11,10 +12,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import GroundswellError
-from orchestrator.ray_train.controller import LiveTorchConfig, in_the_seat
+from orchestrator.ray_train import seam
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
 from orchestrator.ray_train.worker import run_worker
 from orchestrator.runtime.preparation import from_anywhere, prepare, run_folder
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TRAIN = "orchestrator.train:train"
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -41,7 +44,9 @@ class AdaptiveTrainer(TorchTrainer):
         # Ray's own list of checkpoints is behind our store, which may have deleted what it names: once a controller was
         # killed, Ray would refuse the folder.
         (prepare(config, resume=resume) / _RAYS_LIST).unlink(missing_ok=True)
-        if config.train.parallel == "fsdp2":  # no worker has the whole state that another one would need
+        self._falls_back = _why_not_live(config) if config.workers.resize == "live" else None
+        if self._falls_back is not None:
+            logger.info("workers.resize: restart, for %s", self._falls_back)
             config = config.model_copy(update={"workers": config.workers.model_copy(update={"resize": "restart"})})
         self._groundswell = config
         self._answer_delay_s = answer_delay_s
@@ -52,7 +57,7 @@ class AdaptiveTrainer(TorchTrainer):
         super().__init__(
             run_worker,
             train_loop_config={"config": config.model_dump(mode="json"), "train": train},
-            torch_config=TorchConfig() if workers.resize == "restart" else LiveTorchConfig(),
+            torch_config=TorchConfig() if workers.resize == "restart" else _live_torch_config(),
             scaling_config=ScalingConfig(
                 num_workers=(workers.min, workers.max),
                 use_gpu=workers.gpus_per_worker > 0,
@@ -70,13 +75,33 @@ class AdaptiveTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         kwargs["scaling_policy"] = AdaptiveScalingPolicy(
-            self.scaling_config, self._groundswell, answer_delay_s=self._answer_delay_s
+            self.scaling_config,
+            self._groundswell,
+            answer_delay_s=self._answer_delay_s,
+            falls_back=self._falls_back,
         )
         kwargs["failure_policy"] = _FailurePolicy(self.run_config.failure_config)
         if self._groundswell.workers.resize == "restart":
             return super()._initialize_and_run_controller(**kwargs)
+        from orchestrator.ray_train.controller import in_the_seat
+
         with in_the_seat():
             return super()._initialize_and_run_controller(**kwargs)
+
+
+def _why_not_live(config: RunConfig) -> str | None:
+    if config.train.parallel == "fsdp2":
+        return "train.parallel is fsdp2, where no worker has the whole state that another one would need"
+    if changed := seam.changes():
+        return f"this release of Ray Train is not as expected: {'; '.join(changed)}"
+    return None
+
+
+def _live_torch_config() -> TorchConfig:
+    # Not imported above: it needs what ``seam`` has just found to be there.
+    from orchestrator.ray_train.controller import LiveTorchConfig
+
+    return LiveTorchConfig()
 
 
 class _FailurePolicy(DefaultFailurePolicy):
