@@ -582,6 +582,8 @@ class Session:
         why, step.lost = step.lost, None
         taken, number = step.finished, self.step_number - step.finished
         self._meter.begin_step(measure=False)
+        if not taken:
+            self._replica.restore_buffers()
         self._regrouping.recover(why, point=after_step(number) if taken else before_step(number))
         step.finished = self._is_behind(before_step(number))
         step.again = not step.finished

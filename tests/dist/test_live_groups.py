@@ -177,3 +177,11 @@ def test_a_newcomer_to_several_ranks_exchanges_when_they_do(tmp_path: Path) -> N
     found = run_fleet(train, 3, str(tmp_path), [[0, 1], [0, 1, 2]], False, None)
     assert found[0] == found[1] == found[2]
     assert found[0][0] == 120
+
+
+def test_a_step_begun_with_a_rank_that_is_lost_leaves_no_trace_in_running_means(tmp_path: Path) -> None:
+    found = run_fleet(train, 3, str(tmp_path), [[0, 1, 2], [0, 1]], True, 5)
+    assert found[2] is None
+    # Three micro-batches a step: one for rank zero while there were three ranks, two from then on.
+    assert found[0][2] == 5 * 1 + 115 * 2
+    assert found[0][:2] == found[1][:2]
