@@ -142,6 +142,10 @@ class LiveWorkerGroup(WorkerGroup):
         """Start so many newcomers beside the group; returns at once."""
         self._cohort = Cohort(self, number, timeout_s=self._worker_group_start_timeout_s)
 
+    def dismiss(self, why: str) -> None:
+        """End the newcomers that were not taken in."""
+        self._drop_cohort(why)
+
     def start_beside(self, slots: Slots) -> list[RayWorker]:
         """Start workers in ``slots`` and let them warm up. Called from the cohort's thread."""
         assert self._slots is not None, "the group was started"

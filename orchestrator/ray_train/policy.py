@@ -134,6 +134,8 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             return NoopDecision()
         now = len(group) - group.preempted
         self._wait_for_more(host, now)
+        if group.recruits and self._wanted <= now:
+            group.dismiss("no more workers are wanted than there are")
         if self._wanted < now or group.preempted:
             host.command(Commands(regroup=group.view_with(min(now, self._wanted))))
         elif group.newcomers:
