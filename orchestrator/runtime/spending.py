@@ -42,7 +42,11 @@ def attempts(run: Path) -> list[Attempt]:
             found[number] = replace(found[number], lasted_s=max(found[number].lasted_s, paid_s))
     trained_s: dict[int, float] = {}
     for row in folder.rows(run / folder.METRICS):
-        trained_s[row["attempt"]] = trained_s.get(row["attempt"], 0.0) + (row["step_time_s"] or 0.0)
+        if (attempt := found.get(row["attempt"])) is None:
+            continue
+        # As for ``paid_s``: as if all of it had been for the workers that the attempt began with.
+        share = row.get("world_size", attempt.workers) / attempt.workers
+        trained_s[row["attempt"]] = trained_s.get(row["attempt"], 0.0) + share * (row["step_time_s"] or 0.0)
     return [
         replace(attempt, lasted_s=max(attempt.lasted_s, attempt.began_s + trained_s.get(number, 0.0)))
         for number, attempt in found.items()

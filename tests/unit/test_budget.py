@@ -311,6 +311,14 @@ def test_attempts_cost_from_their_workers_start_to_their_last_sign_of_life_whate
     assert exhausted(config(tmp_path, budget={"worker_hours": 1.1}), tmp_path) is None
 
 
+def test_an_attempt_that_grew_and_died_without_a_word_costs_all_the_workers_that_its_steps_had(tmp_path: Path) -> None:
+    write(tmp_path, {"attempt": 1, "kind": "started", "time": 0.0, "paid_s": 10.0, "world_size": 2})
+    steps = [{"attempt": 1, "step_time_s": 5.0, "world_size": workers} for workers in (2, 2, 6, 6)]
+    write(tmp_path, *steps, name=folder.METRICS)
+    expected_s = 2 * 10 + 2 * 5 * 2 + 2 * 5 * 6
+    assert worker_hours_of(attempts(tmp_path)) * HOUR == pytest.approx(expected_s + 2 * ENDING_S)
+
+
 def test_a_process_knows_how_old_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     age_s = paid_time.process_age_s()
     assert 0 < age_s < 4000
