@@ -580,7 +580,8 @@ class Session:
         assert self._regrouping is not None
         assert step.lost is not None
         why, step.lost = step.lost, None
-        taken, number = step.finished, self.step_number - step.finished
+        taken = step.finished and not self.on_branch  # a branch is given up, and its steps with it
+        number = self._course.run_step - taken
         self._meter.begin_step(measure=False)
         if not taken:
             self._replica.restore_buffers()
@@ -602,11 +603,12 @@ class Session:
                 return None
 
     def _cross(self) -> None:
-        here = at_boundary(self.step_number - 1)
+        number = self._course.run_step
+        here = before_step(number) if self.on_branch else at_boundary(number - 1)
         self._beat(waits=True)
         view = None if self._is_behind(here) else self._survive(self._boundary.cross, at=here)
         if view is not None and self._regrouping is not None:
-            self._regrouping.change(view, point=before_step(self.step_number))
+            self._regrouping.change(view, point=before_step(self._course.run_step))
         self._beat(waits=False)
 
     # One step, in order

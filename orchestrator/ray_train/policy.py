@@ -22,6 +22,7 @@ from orchestrator.errors import SessionError
 from orchestrator.ports import Commands
 from orchestrator.ray_train.host import BrainHost
 from orchestrator.ray_train.metrics import FleetMetrics
+from orchestrator.runtime.brain import LocalBrain
 
 if TYPE_CHECKING:
     from orchestrator.ray_train.live_group import LiveWorkerGroup
@@ -60,6 +61,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._short: tuple[int, int, float] | None = None  # (there, wanted, since when [s]) while fewer are there
         self._group: LiveWorkerGroup | None = None  # where workers come and go while the others train
         self._zero: Any = None  # rank zero's actor
+        self._heir: tuple[Any, BrainHost] | None = None  # the actor of the next rank zero, where the present one leaves
 
     def attach(self, group: LiveWorkerGroup) -> None:
         """Its workers can change without stopping."""
@@ -137,12 +139,34 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         if group.recruits and self._wanted <= now:
             group.dismiss("no more workers are wanted than there are")
         if self._wanted < now or group.preempted:
-            host.command(Commands(regroup=group.view_with(min(now, self._wanted))))
-        elif group.newcomers:
-            host.command(Commands(regroup=group.view_with(min(self._wanted, now + group.newcomers))))
+            self._offer(group, host, min(now, self._wanted))
+        elif (ready := group.newcomers) and self._wanted > now:
+            self._offer(group, host, min(self._wanted, now + ready))
+        elif ready:
+            group.dismiss()
         elif self._wanted > now and not group.recruits and (possible := self._possible_workers()) > now:
             group.recruit(possible - now)
         return NoopDecision()
+
+    def _offer(self, group: LiveWorkerGroup, host: BrainHost, number: int) -> None:
+        """Ask rank zero for a group of so many. Where it leaves itself, its heir is listened to before it takes over."""
+        view = group.view_with(number)
+        host.command(Commands(regroup=view))
+        zero = group.member(view.members[0])
+        if zero.actor != self._zero:
+            self._heir = zero.actor, self._host_of(zero, goes_on=host.brain)
+
+    def _host_of(self, zero: Any, *, goes_on: LocalBrain | None) -> BrainHost:
+        notes, self._notes = tuple(self._notes), []
+        return BrainHost(
+            self._config,
+            _caller(zero),
+            take_resize_cost_s=self._take_resize_cost_s,
+            notes=notes,
+            delay_s=self._answer_delay_s,
+            goes_on=goes_on,
+            gone=self._alarm,
+        )
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Remember why a group had to be started again; rank zero of the next one writes it down."""
@@ -211,18 +235,15 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         zero = state.workers[0].actor
         if self._host is None or self._group_start != state.start_time or self._zero != zero:
             goes_on = self._host.brain if self._host is not None and self._group_start == state.start_time else None
+            heir, self._heir = self._heir, None
             self._leave_group()
             self._group_start, self._zero = state.start_time, zero
-            self._host = BrainHost(
-                self._config,
-                _caller(state.workers[0]),
-                take_resize_cost_s=self._take_resize_cost_s,
-                notes=tuple(self._notes),
-                delay_s=self._answer_delay_s,
-                goes_on=goes_on,
-                gone=self._alarm,
-            )
-            self._notes = []
+            if heir is not None and heir[0] == zero:
+                self._host = heir[1]
+            else:
+                if heir is not None:
+                    heir[1].close()
+                self._host = self._host_of(state.workers[0], goes_on=goes_on)
         return self._host
 
     def _alarm(self) -> None:
@@ -233,6 +254,9 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         if self._host is not None:
             self._host.close()
             self._host = None
+        if self._heir is not None:
+            self._heir[1].close()
+            self._heir = None
         self._hold_to = None
 
     def _take_resize_cost_s(self) -> float | None:

@@ -61,6 +61,11 @@ class Course:
         return self._branches.state if self.on_branch else self._run
 
     @property
+    def run_step(self) -> int:
+        """Of the run, also while a branch is under way."""
+        return self._run.step
+
+    @property
     def on_branch(self) -> bool:
         return self._branches.under_way
 

@@ -4,8 +4,7 @@ Each group finds itself through a store that outlives it, under a prefix of its 
 first, where they can turn away when a newer view comes; the group itself is then formed in milliseconds.
 
 Nothing may keep a reference to a group that is left: gloo closes its connections when the last one goes, and that is
-what tells a member that waits for another's data that this one has turned away. ``torch._dynamo`` keeps the group that
-is the default one when it is first imported, so it is imported here, before there is any.
+what tells a member that waits for another's data that this one has turned away.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from typing import final
 
 import torch
-import torch._dynamo  # before the first group, see above
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _abort_process_group, _set_pg_timeout
@@ -31,7 +30,15 @@ _LOOK_EVERY_S = 0.002
 _LONGEST_EXCHANGE_S = 1800.0  # torch's own for gloo
 
 # What torch says when a member of the group is gone, or does not answer. Only NCCL has an error class of its own.
-_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "process group")
+_SIGNS = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "pair closure",
+    "process group",
+)
 
 
 class NotFormedError(GroundswellError):
@@ -50,6 +57,8 @@ class Groups:
     """Forms one group after another for one process, and leaves each."""
 
     def __init__(self, member: str, *, device: torch.device, hang_timeout_s: float | None) -> None:
+        # It keeps the group that is the default one when it is first imported, and DDP imports it.
+        import_module("torch._dynamo")
         self._member = member
         self._backend = "nccl" if device.type == "cuda" else "gloo"
         self._longest = timedelta(seconds=hang_timeout_s or _LONGEST_EXCHANGE_S)

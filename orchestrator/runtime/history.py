@@ -263,7 +263,7 @@ class History:
         return replace(
             said,
             plan=plan,
-            stop=said.stop or commands.stop is not None or requested,
+            stop=said.stop or self._stop_reason is not None or requested,
             hold=commands.hold is not None,
             regroup=self._regroup_asked(commands.regroup),
             save=self._desk.asks_to_save() or commands.save is not None or self._tries_to_save_again(),
@@ -509,7 +509,9 @@ class History:
 
     def remember_live(self, memory: Mapping[str, Any], *, joins: bool) -> None:
         """What ``live_memory`` of another rank gave."""
-        self.journal.remember(memory["journal"])
+        # What only rank zero keeps stays its own.
+        kept = {"groups": self.journal.memory()["groups"]} if self.journal.is_open else {}
+        self.journal.remember(memory["journal"] | kept)
         self._calibration.remember(memory["calibration"])
         self._recent.extend(step for step in memory["recent"] if step.measured.sample.step >= self._told.step)
         self._told, self._saved_step = memory["told"], memory["saved_step"]
@@ -519,6 +521,8 @@ class History:
     def regrouped(self, change: Regroup, in_part: Sequence[FinishedStep]) -> Welcome:
         """Collective. Meet the controller as the group of ``change``, with the steps that are known in part only."""
         met: Welcome | Exception | None = None
+        # Where a group broke while it was agreed upon, some were taken in then.
+        in_part = [step for step in in_part if step.measured.sample.step >= self._told.step]
         if self._worker.rank == 0:
             try:
                 met = self._take_over(change, in_part) if change.takes_over else self._go_on(change, in_part)
@@ -526,6 +530,7 @@ class History:
                 met = error
         else:
             self._take_in(in_part)
+            self.journal.forget_decisions(self.journal.decisions_on_their_way)  # rank zero writes them down
         met = self._worker.collective.share(met)
         if isinstance(met, Exception):
             raise met

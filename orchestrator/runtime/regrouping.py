@@ -59,6 +59,7 @@ class _Given:
     samples_seen: int
     last_batch: int
     in_force: InForce | None
+    asked: Announcement
     memory: Mapping[str, Any]
     asked: Announcement
     in_part: Sequence[FinishedStep]
@@ -137,7 +138,16 @@ class Regrouping:
     def change(self, view: View, *, point: int) -> None:
         """Go on as ``view``, at a boundary where the whole group has agreed to."""
         began_s, before = self._worker.now(), self._collective.world_size
-        self._hand_over(view)
+        why = None
+        try:
+            self._hand_over(view)
+        except Exception as error:
+            if not self.is_ours(error):
+                raise
+            why = f"{type(error).__name__}: {error}"
+        if why is not None:
+            self.recover(why, point=point)
+            return
         self._settle(view, at=point, before=before, began_s=began_s, lost=None, in_part=[])
 
     def recover(self, why: str, *, point: int) -> None:
@@ -242,6 +252,7 @@ class Regrouping:
         self._live_state.spread(source=source, behind=behind)
         if behind or own.told < furthest.told:
             self._history.remember_live(given.memory, joins=own.joins)
+        self._boundary.go_on(given.asked)
         self._replica.wrap(alike=True)
         change = Regroup(
             before=before or len(stay),
@@ -278,6 +289,7 @@ class Regrouping:
             samples_seen=state.samples_seen,
             last_batch=state.last_batch,
             in_force=state.in_force,
+            asked=self._boundary.asked,
             memory=self._history.live_memory(since=since),
             asked=self._boundary.asked,
             in_part=in_part,
