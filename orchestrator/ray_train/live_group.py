@@ -46,6 +46,7 @@ class LiveWorkerGroup(WorkerGroup):
     """``follow`` tells it what to do about workers that are gone; until then Ray Train does what it always does."""
 
     _worker_group_context: Any
+    _worker_health_check_timeout_s: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -149,7 +149,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         return NoopDecision()
 
     def _offer(self, group: LiveWorkerGroup, host: BrainHost, number: int) -> None:
-        """Ask rank zero for a group of so many. Where it leaves itself, its heir is listened to before it takes over."""
+        """Ask rank zero for a group of so many; where it leaves itself, listen to its heir before it takes over."""
         view = group.view_with(number)
         host.command(Commands(regroup=view))
         zero = group.member(view.members[0])

@@ -116,17 +116,6 @@ class Boundary:
         """Collective. Do what is due between the step just taken and the next; the group to go on as, if another."""
         return None if self.branches() else self._do_what_was_asked()
 
-    @property
-    def asked(self) -> Announcement:
-        """What was heard and not done yet."""
-        return self._asked
-
-    def go_on(self, asked: Announcement) -> None:
-        """All members of a new group go on alike, whatever each knew of the exchanges in the one before."""
-        self._asked = asked
-        left = self._exchange.give_up()
-        assert not left, "a group changes once all is settled, or given up"
-
     def give_up(self) -> list[FinishedStep]:
         """A rank is gone: forget what was under way with it; the steps that are known in part."""
         self._asked = Announcement()

@@ -530,7 +530,6 @@ class History:
                 met = error
         else:
             self._take_in(in_part)
-            self.journal.forget_decisions(self.journal.decisions_on_their_way)  # rank zero writes them down
         met = self._worker.collective.share(met)
         if isinstance(met, Exception):
             raise met

@@ -59,7 +59,6 @@ class _Given:
     samples_seen: int
     last_batch: int
     in_force: InForce | None
-    asked: Announcement
     memory: Mapping[str, Any]
     asked: Announcement
     in_part: Sequence[FinishedStep]
@@ -136,7 +135,9 @@ class Regrouping:
         self._settle(view, at=None, before=0, began_s=self._worker.now(), lost=None, in_part=[])
 
     def change(self, view: View, *, point: int) -> None:
-        """Go on as ``view``, at a boundary where the whole group has agreed to."""
+        """Go on as ``view``, at a boundary where the whole group has agreed to; not as one that was overtaken."""
+        if view.generation <= self._generation:
+            return
         began_s, before = self._worker.now(), self._collective.world_size
         why = None
         try:
@@ -252,7 +253,6 @@ class Regrouping:
         self._live_state.spread(source=source, behind=behind)
         if behind or own.told < furthest.told:
             self._history.remember_live(given.memory, joins=own.joins)
-        self._boundary.go_on(given.asked)
         self._replica.wrap(alike=True)
         change = Regroup(
             before=before or len(stay),
@@ -289,7 +289,6 @@ class Regrouping:
             samples_seen=state.samples_seen,
             last_batch=state.last_batch,
             in_force=state.in_force,
-            asked=self._boundary.asked,
             memory=self._history.live_memory(since=since),
             asked=self._boundary.asked,
             in_part=in_part,
