@@ -178,13 +178,6 @@ class LiveWorkerGroup(WorkerGroup):
     def member(self, name: str) -> RayWorker:
         return self._workers_by_member[name]
 
-    def dismiss(self) -> None:
-        """Newcomers that are ready are not wanted any more."""
-        assert self._cohort is not None, "there are some"
-        for worker in self._cohort.workers:
-            self._end(worker)
-        self._cohort = None
-
     def look(self) -> None:
         """After every poll: take into force what the workers have done, and see to what goes wrong."""
         if self._cohort is not None and self._cohort.problem is not None:

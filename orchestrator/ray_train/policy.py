@@ -140,10 +140,8 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             group.dismiss("no more workers are wanted than there are")
         if self._wanted < now or group.preempted:
             self._offer(group, host, min(now, self._wanted))
-        elif (ready := group.newcomers) and self._wanted > now:
+        elif ready := group.newcomers:
             self._offer(group, host, min(self._wanted, now + ready))
-        elif ready:
-            group.dismiss()
         elif self._wanted > now and not group.recruits and (possible := self._possible_workers()) > now:
             group.recruit(possible - now)
         return NoopDecision()

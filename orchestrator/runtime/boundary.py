@@ -123,10 +123,6 @@ class Boundary:
         self._history.give_up_saving()
         return self._exchange.give_up()
 
-    def begin_anew(self) -> None:
-        """Another group goes on, all of whose ranks must exchange at the same steps."""
-        self._exchange.begin_anew()
-
     def branches(self) -> bool:
         """Collective. Whether the next step belongs to a branch; begins a round of them where one is due."""
         course = self._course
@@ -205,9 +201,6 @@ class Boundary:
             self._asked = Announcement(regroup=True)  # once that is written: who writes it may be one who leaves
         elif heard.regroup:
             self.settle()
-            if self._asked.interrupts:  # heard just now, and newcomers would not know: the group changes after it
-                self._asked = self._asked.or_else(Announcement(regroup=True))
-                return None
             view: View = self._worker.collective.share(self._history.view)
             return view
         return None

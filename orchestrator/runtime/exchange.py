@@ -144,11 +144,6 @@ class Exchange:
         self._under_way, self._waiting = None, []
         return [self._finished(step, unknown) for step in steps]
 
-    def begin_anew(self) -> None:
-        """In another group, when nothing waits: its newcomers know neither how long to rest nor what was decided."""
-        self._rest_steps = 0
-        self._announces.clear()
-
     def _rest(self, steps: Sequence[OwnStep]) -> int:
         """How many steps may pass before the next exchange. One process has nobody to wait for."""
         if self._collective.world_size == 1 or not steps:

@@ -263,7 +263,6 @@ class Regrouping:
             began_s=began_s,
             now=self._worker.now,
         )
-        self._boundary.begin_anew()
         welcome = self._history.regrouped(change, given.in_part)
         in_force = given.in_force if behind else self._course.state.in_force
         self._course.begin(
