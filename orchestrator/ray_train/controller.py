@@ -12,16 +12,31 @@ from typing import Any, final
 import ray.train.v2.api.data_parallel_trainer as seat
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
 
 from orchestrator.ray_train.live_group import LiveWorkerGroup
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
+from orchestrator.ray_train.preemption import PinnedPreemptionCallback
 
 _LOOK_EVERY_S = 0.02
 
 
+class Controller(TrainController):
+    """Ray Train's, with all that it starts on its own node."""
+
+    _worker_group_callbacks_to_propagate: list[Any]
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self._worker_group_callbacks_to_propagate = [
+            PinnedPreemptionCallback() if isinstance(callback, PreemptionCallback) else callback
+            for callback in self._worker_group_callbacks_to_propagate
+        ]
+
+
 @final
-class LiveController(TrainController):
+class LiveController(Controller):
     worker_group_cls = LiveWorkerGroup
     _latest_poll_time: float
 
@@ -63,10 +78,10 @@ class LiveTorchConfig(TorchConfig):
 
 
 @contextmanager
-def in_the_seat() -> Iterator[None]:
+def in_the_seat(controller: type[Controller]) -> Iterator[None]:
     """Ray Train names its controller's class within a function; meanwhile that name means ours."""
     usual = seat.TrainController
-    seat.TrainController = LiveController
+    seat.TrainController = controller
     try:
         yield
     finally:

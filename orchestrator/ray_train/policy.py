@@ -22,6 +22,7 @@ from orchestrator.errors import SessionError
 from orchestrator.ports import Commands
 from orchestrator.ray_train.host import BrainHost
 from orchestrator.ray_train.metrics import FleetMetrics
+from orchestrator.ray_train.resources import Request, Reserved, reserved_now
 from orchestrator.runtime.brain import LocalBrain
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._config = config
         self._answer_delay_s = answer_delay_s
         self._wanted = config.workers.initial
+        self._request = Request(
+            send=self._send_resource_request,
+            repeat=self._maybe_send_resource_request,
+            cancel=self._cancel_resource_request,
+        )
         self._host: BrainHost | None = None
         self._group_start: float | None = None
         self._hold_to: int | None = None
@@ -75,7 +81,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         self._leave_group()
         self._group = None
         self._metrics.workers(wanted=self._wanted, present=0)
-        self._send_resource_request()
+        self._request.send(self._wanted)
         possible = self._possible_workers()
         if possible < self.scaling_config.min_workers:
             self._wait_for_the_fewest(possible)
@@ -89,7 +95,6 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         host = self._meet_group(worker_group_state)
         if host.error is not None:
             raise host.error
-        self._maybe_send_resource_request()
         self._metrics.workers(wanted=self._wanted, present=worker_group_state.num_workers)
         for status in worker_group_status.worker_statuses.values():
             if status.preemption_info is not None:
@@ -99,11 +104,8 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             return self._change_live(self._group, host)
         if self._hold_to is not None:
             return self._finish_hold(host, worker_group_state.num_workers, worker_group_status)
-        wanted = self._clamp(host.wanted_workers)
-        if wanted is not None and wanted != self._wanted:
-            self._wanted = wanted
-            self._send_resource_request()
         now = worker_group_state.num_workers
+        self._follow_wish(host, now)
         if not host.begun:
             return NoopDecision()
         self._wait_for_more(host, now)
@@ -128,13 +130,10 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         if group.pause_s is not None:
             self._metrics.resized(group.pause_s)
             group.pause_s = None
-        wanted = self._clamp(host.wanted_workers)
-        if wanted is not None and wanted != self._wanted:
-            self._wanted = wanted
-            self._send_resource_request()
+        now = len(group) - group.preempted
+        self._follow_wish(host, now)
         if not host.begun or group.is_changing:
             return NoopDecision()
-        now = len(group) - group.preempted
         self._wait_for_more(host, now)
         if group.recruits and self._wanted <= now:
             group.dismiss("no more workers are wanted than there are")
@@ -219,10 +218,18 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             host.missing(asked=self._wanted, present=now, waited_s=waited_s)
             self._short = None
 
+    def _follow_wish(self, host: BrainHost, now: int) -> None:
+        wanted = self._clamp(host.wanted_workers)
+        if wanted is not None:
+            self._wanted = wanted
+        self._request.keep(wanted=self._wanted, present=now, most=self.scaling_config.max_workers)
+
     def _possible_workers(self) -> int:
-        self._latest_reserved_resources_query_time = float("-inf")  # ask now: a stale count would resize to nothing
         reserved = self._get_reserved_resources()
         return 0 if reserved is None else min(self._wanted, self._count_possible_workers(reserved))
+
+    def _get_reserved_resources(self) -> Reserved | None:
+        return reserved_now(self._autoscaling_coordinator, str(self._requester_id))
 
     def _clamp(self, wanted: int | None) -> int | None:
         if wanted is None:

@@ -41,7 +41,13 @@ RELIED_ON: tuple[Relied, ...] = (
         module=f"{_EXECUTION}.controller",
         name="TrainController",
         methods={"_start_worker_group": ("num_workers", "resources_per_worker"), "_poll_workers": ()},
-        fields=("_scaling_policy", "_worker_group", "_health_check_interval_s", "_latest_poll_time"),
+        fields=(
+            "_scaling_policy",
+            "_worker_group",
+            "_worker_group_callbacks_to_propagate",
+            "_health_check_interval_s",
+            "_latest_poll_time",
+        ),
         uses={
             "_start_worker_group": ("worker_group_cls",),
             "_execute_resize_decision": ("_start_worker_group",),
@@ -150,7 +156,13 @@ RELIED_ON: tuple[Relied, ...] = (
     Relied(
         module=f"{_V2}.callbacks.preemption_callback",
         name="PreemptionCallback",
-        methods={"after_worker_group_start": ("worker_group",)},
+        methods={"after_worker_group_start": ("worker_group",), "_stop_watcher": ()},
+        fields=("_watcher", "_poll_interval_s"),
+    ),
+    Relied(
+        module=f"{_EXECUTION}.preemption",
+        name="PreemptionWatcher",
+        methods={"__init__": ("node_to_ranks", "poll_interval_s", "worker_actors_by_rank")},
     ),
     Relied(module=f"{_V2}.exceptions", name="WorkerHealthCheckFailedError"),
     Relied(module=f"{_V2}.exceptions", name="WorkerHealthCheckTimeoutError"),

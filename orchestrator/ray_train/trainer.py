@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
@@ -44,7 +45,8 @@ class AdaptiveTrainer(TorchTrainer):
         # Ray's own list of checkpoints is behind our store, which may have deleted what it names: once a controller was
         # killed, Ray would refuse the folder.
         (prepare(config, resume=resume) / _RAYS_LIST).unlink(missing_ok=True)
-        self._falls_back = _why_not_live(config) if config.workers.resize == "live" else None
+        self._changed = seam.changes()
+        self._falls_back = _why_not_live(config, self._changed) if config.workers.resize == "live" else None
         if self._falls_back is not None:
             logger.info("workers.resize: restart, for %s", self._falls_back)
             config = config.model_copy(update={"workers": config.workers.model_copy(update={"resize": "restart"})})
@@ -81,18 +83,18 @@ class AdaptiveTrainer(TorchTrainer):
             falls_back=self._falls_back,
         )
         kwargs["failure_policy"] = _FailurePolicy(self.run_config.failure_config)
-        if self._groundswell.workers.resize == "restart":
+        if self._changed:
             return super()._initialize_and_run_controller(**kwargs)
-        from orchestrator.ray_train.controller import in_the_seat
+        from orchestrator.ray_train.controller import Controller, LiveController, in_the_seat
 
-        with in_the_seat():
+        with in_the_seat(LiveController if self._groundswell.workers.resize == "live" else Controller):
             return super()._initialize_and_run_controller(**kwargs)
 
 
-def _why_not_live(config: RunConfig) -> str | None:
+def _why_not_live(config: RunConfig, changed: Sequence[str]) -> str | None:
     if config.train.parallel == "fsdp2":
         return "train.parallel is fsdp2, where no worker has the whole state that another one would need"
-    if changed := seam.changes():
+    if changed:
         return f"this release of Ray Train is not as expected: {'; '.join(changed)}"
     return None
 
