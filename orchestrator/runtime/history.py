@@ -263,7 +263,7 @@ class History:
         return replace(
             said,
             plan=plan,
-            stop=said.stop or self._stop_reason is not None or requested,
+            stop=said.stop or self._stop_reason is not None or requested,  # said again, should a rank be lost by then
             hold=commands.hold is not None,
             regroup=self._regroup_asked(commands.regroup),
             save=self._desk.asks_to_save() or commands.save is not None or self._tries_to_save_again(),
