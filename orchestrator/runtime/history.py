@@ -509,9 +509,7 @@ class History:
 
     def remember_live(self, memory: Mapping[str, Any], *, joins: bool) -> None:
         """What ``live_memory`` of another rank gave."""
-        # What only rank zero keeps stays its own.
-        kept = {"groups": self.journal.memory()["groups"]} if self.journal.is_open else {}
-        self.journal.remember(memory["journal"] | kept)
+        self.journal.remember(memory["journal"])
         self._calibration.remember(memory["calibration"])
         self._recent.extend(step for step in memory["recent"] if step.measured.sample.step >= self._told.step)
         self._told, self._saved_step = memory["told"], memory["saved_step"]
@@ -521,7 +519,7 @@ class History:
     def regrouped(self, change: Regroup, in_part: Sequence[FinishedStep]) -> Welcome:
         """Collective. Meet the controller as the group of ``change``, with the steps that are known in part only."""
         met: Welcome | Exception | None = None
-        # Where a group broke while it was agreed upon, some were taken in then.
+        # Those that were taken in before another rank was lost, and the group changed again, are known.
         in_part = [step for step in in_part if step.measured.sample.step >= self._told.step]
         if self._worker.rank == 0:
             try:

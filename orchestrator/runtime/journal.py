@@ -244,8 +244,10 @@ class Journal:
         )
 
     def group_steps(self, steps: Sequence[tuple[GroupSums, bool]], names: Sequence[str]) -> None:
-        """Take in steps by group, and write a line for each that ``decides``: its second part."""
-        for sums, decides in steps if self._writer is not None else ():
+        """Take in steps by group, and write a line for each that ``decides``: its second part. As ``steps``."""
+        if self._writer is None and self._worker.membership is None:
+            return
+        for sums, decides in steps:
             self._groups = groups.absorb(self._groups, sums, self._rules.noise, names=names)
             if not decides:
                 continue
