@@ -580,11 +580,11 @@ class Session:
         assert self._regrouping is not None
         assert step.lost is not None
         why, step.lost = step.lost, None
-        taken = step.finished and not self.on_branch  # a branch is given up, and its steps with it
-        number = self._course.run_step - taken
         self._meter.begin_step(measure=False)
-        if not taken:
+        if not step.finished:
             self._replica.restore_buffers()
+        self._course.take_back()  # a branch that was under way is given up, and has no points of the run
+        taken, number = step.finished, self.step_number - step.finished
         self._regrouping.recover(why, point=after_step(number) if taken else before_step(number))
         step.finished = self._is_behind(before_step(number))
         step.again = not step.finished
@@ -603,8 +603,7 @@ class Session:
                 return None
 
     def _cross(self) -> None:
-        number = self._course.run_step
-        here = before_step(number) if self.on_branch else at_boundary(number - 1)
+        here = at_boundary(self._course.run_step - 1)
         self._beat(waits=True)
         view = None if self._is_behind(here) else self._survive(self._boundary.cross, at=here)
         if view is not None and self._regrouping is not None:

@@ -62,7 +62,7 @@ class Course:
 
     @property
     def run_step(self) -> int:
-        """Of the run, also while a branch is under way."""
+        """Steps of the run taken, whatever branch is under way."""
         return self._run.step
 
     @property

@@ -264,14 +264,13 @@ class Regrouping:
             now=self._worker.now,
         )
         welcome = self._history.regrouped(change, given.in_part)
-        in_force = given.in_force if behind else self._course.state.in_force
         self._course.begin(
             Resumed(
                 step=given.step,
                 samples_seen=given.samples_seen,
                 now=welcome.now,
                 pending=welcome.pending,
-                in_force=in_force,
+                in_force=given.in_force,  # also of a round of branches whose end not all had heard of
                 last_batch=given.last_batch,
             )
         )

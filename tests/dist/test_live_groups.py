@@ -20,10 +20,11 @@ from orchestrator.runtime.collective import Apart, ChangingCollective
 from orchestrator.runtime.group import Groups
 from orchestrator.runtime.worker import Worker
 from orchestrator.session import Session
-from tests.support import blobs, config, cross_entropy, mlp, run_fleet
+from tests.support import EAGER, blobs, config, cross_entropy, mlp, run_fleet
 
 pytestmark = pytest.mark.dist
 
+BRANCHED = {**EAGER, "policy": "branched", "branch_every_samples": 256, "branch_samples": 96}
 _CHANGES_AT = 10  # steps
 
 
@@ -122,11 +123,16 @@ class Clock:
 
 
 def train(
-    rank: int, path: str, groups: list[list[int]], norm: bool, dies_at: int | None, fails_in: int = 0
+    rank: int,
+    path: str,
+    groups: list[list[int]],
+    norm: bool,
+    dies_at: int | None,
+    fails_in: int = 0,
+    branched: bool = False,
 ) -> tuple[int, list[float], Any, int] | None:
-    """Steps taken, all weights, what is known of the noise by layer, and how many batches the BatchNorm layer counted.
-
-    ``None`` of the rank that is lost.
+    """Steps taken, all weights, what is known of the noise by layer, and how many batches the BatchNorm layer counted,
+    or where the first branch began. ``None`` of the rank that is lost.
     """
     port: list[Any] = [None]
     if rank == 0:
@@ -140,10 +146,11 @@ def train(
     settings = config(
         path,
         train={"samples": 12 * 120},
-        batch={"initial": 12, "micro_batch": 4, "max": 12},
+        batch={"initial": 12, "micro_batch": 4, "max": 24 if branched else 12},
         checkpoint={"every_samples": None},
         evaluation={"every_samples": None},
         measure={"groups": "layers"},
+        controller=BRANCHED if branched else {},
     )
     device = torch.device("cpu")
     told = Told(rank, groups, store, port[0])
@@ -163,9 +170,13 @@ def train(
     )
     model = nn.Sequential(nn.BatchNorm1d(20), mlp()) if norm else mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    branch_from: int | None = None
     try:
         with Session(settings, model=model, optimizer=optimizer, dataset=blobs(), worker=worker) as session:
             for step in session:
+                if session.on_branch and branch_from is None:
+                    branch_from = session.step_number
+                    dies_at = branch_from + 3
                 for batch in step:
                     loss = cross_entropy(session.model, batch)
                     if session.step_number == dies_at and worker.rank == 2:
@@ -182,6 +193,8 @@ def train(
         while rank == 0 and store.add("over", 0) < 3:
             time.sleep(0.01)
     counted = int(model[0].num_batches_tracked) if norm else 0
+    if branched:
+        counted = branch_from or 0
     weights = [float(p.detach().double().sum()) for p in model.parameters()]
     return session.step_number, weights, session._history.journal.memory()["groups"], counted
 
@@ -204,3 +217,10 @@ def test_steps_known_in_part_are_taken_in_once_though_the_group_must_be_formed_t
     run_fleet(train, 3, str(tmp_path), [[0, 1, 2], [0, 1], [0, 1]], False, 5, 1)
     lines = [row["step"] for row in folder.rows(tmp_path / "run" / folder.METRICS)]
     assert lines == list(range(120))
+
+
+def test_a_round_of_branches_that_a_loss_cut_short_begins_again_at_the_next_boundary(tmp_path: Path) -> None:
+    found = run_fleet(train, 3, str(tmp_path), [[0, 1, 2], [0, 1]], False, None, 0, True)
+    assert found[0] == found[1]
+    rounds = [row["step"] for row in folder.rows(tmp_path / "run" / folder.EVENTS) if row["kind"] == "branches"]
+    assert rounds[0] == found[0][3] + 1
