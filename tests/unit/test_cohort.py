@@ -25,10 +25,10 @@ class Reserved:
 class Starting:
     """A group whose newcomers are started once ``go`` is set."""
 
-    resources_per_worker: Any = {}
     placement_strategy = "PACK"
 
     def __init__(self) -> None:
+        self.resources_per_worker = {"CPU": 1.0}
         self.go = threading.Event()
 
     def get_worker_group_context(self) -> Any:
