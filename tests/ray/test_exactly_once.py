@@ -1,4 +1,4 @@
-"""Promise 3 under Ray Train: growth, shrink, a graceful resize and SIGKILL lose and repeat nothing."""
+"""Promise 3 under Ray Train: growth, shrink, resizes and SIGKILL lose and repeat nothing, with and without stopping."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from tests.support import config
 EPOCH, EPOCHS = 400, 3
 
 
-def settings(tmp_path: Path, *, slow_save_s: float) -> Any:
+def settings(tmp_path: Path, *, resize: str, slow_save_s: float) -> Any:
     pids = tmp_path / "pids"
     pids.mkdir()
     return config(
         tmp_path,
         task={
             "name": "tests.ray.tasks:slow",
-            "options": {"size": EPOCH, "step_s": 0.06, "pids": str(pids), "slow_save_s": slow_save_s},
+            # Newcomers warm up while the others train, and are to find some training left.
+            "options": {
+                "size": EPOCH,
+                "step_s": 0.12 if resize == "live" else 0.06,
+                "pids": str(pids),
+                "slow_save_s": slow_save_s,
+            },
         },
         train={"samples": None, "epochs": EPOCHS},
         batch={"initial": 8, "micro_batch": 4, "min": 8, "max": 64},
@@ -36,7 +42,7 @@ def settings(tmp_path: Path, *, slow_save_s: float) -> Any:
             "every_samples": 20,
             "shrink": True,
         },
-        workers={"initial": 1, "max": 2, "micro_batches_each": 4, "when": "always"},
+        workers={"initial": 1, "max": 2, "micro_batches_each": 4, "when": "always", "resize": resize},
         checkpoint={"every_samples": 150, "keep": 2},
         ledger=True,
     )
@@ -61,27 +67,16 @@ def kill_at(
     return thread
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(280)
-@pytest.mark.parametrize(("slow_save_s", "kill_rank"), [(0.0, 0), (2.0, 1)])
-def test_every_position_is_used_once_through_resize_and_sigkill(
-    cluster: None, tmp_path: Path, slow_save_s: float, kill_rank: int
-) -> None:
+def train(tmp_path: Path, *, resize: str, slow_save_s: float, kill_rank: int) -> list[dict[str, Any]]:
+    """The events of a run that grows, and loses the worker of ``kill_rank``; every position is used once in it."""
     from orchestrator.ray_train.trainer import AdaptiveTrainer
 
     run = tmp_path / "run"
     # The decision of 540 samples is taken after the checkpoint of 450 and before that of 600.
     killer = kill_at(run, tmp_path / "pids", samples=560, rank=kill_rank, world_size=2)
-    AdaptiveTrainer(settings(tmp_path, slow_save_s=slow_save_s)).fit()
+    AdaptiveTrainer(settings(tmp_path, resize=resize, slow_save_s=slow_save_s)).fit()
     killer.join()
 
-    events = list(folder.rows(run / folder.EVENTS))
-    kinds = [event["kind"] for event in events]
-    assert "resize" in kinds
-    assert "fault" in kinds
-    resumed = [event for event in events if event["kind"] == "resumed"]
-    after_kill = next(event for event in resumed if event["attempt"] == max(e["attempt"] for e in resumed))
-    assert after_kill["samples_seen"] < 560
     report = verify(run)
     print(report.text)
     assert report.violation is None
@@ -89,3 +84,37 @@ def test_every_position_is_used_once_through_resize_and_sigkill(
     batches = {row["global_batch"] for row in folder.surviving(run / folder.METRICS)}
     assert {8, 32, 16, 48} <= batches
     assert recomputed(run) == recorded(run)
+    return list(folder.rows(run / folder.EVENTS))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(("slow_save_s", "kill_rank"), [(0.0, 0), (2.0, 1)])
+def test_every_position_is_used_once_while_workers_come_and_one_is_killed(
+    cluster: None, tmp_path: Path, slow_save_s: float, kill_rank: int
+) -> None:
+    events = train(tmp_path, resize="live", slow_save_s=slow_save_s, kill_rank=kill_rank)
+    resizes = [event for event in events if event["kind"] == "resize"]
+    assert all(event["live"] for event in resizes)
+    assert [(event["from_workers"], event["to_workers"]) for event in resizes][:2] == [(1, 2), (2, 1)]
+    (fault,) = [event for event in events if event["kind"] == "fault"]
+    assert fault["survived"]
+    assert f"the worker of rank {kill_rank} is gone" in fault["reason"]
+    # Who was left went on from what it had, rank zero's folder included: no checkpoint was read, and no step repeated.
+    taken_over = [event for event in events if event["kind"] == "resumed"]
+    assert [event["checkpoint"] for event in taken_over] == [None] * (kill_rank == 0)
+    steps = [row["step"] for row in folder.rows(tmp_path / "run" / folder.METRICS)]
+    assert steps == list(range(len(steps)))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(280)
+def test_every_position_is_used_once_where_all_workers_stop_for_a_change(cluster: None, tmp_path: Path) -> None:
+    events = train(tmp_path, resize="restart", slow_save_s=2.0, kill_rank=1)
+    kinds = [event["kind"] for event in events]
+    assert "resize" in kinds
+    assert "fault" in kinds
+    resumed = [event for event in events if event["kind"] == "resumed"]
+    after_kill = next(event for event in resumed if event["attempt"] == max(e["attempt"] for e in resumed))
+    assert after_kill["checkpoint"] is not None
+    assert after_kill["samples_seen"] < 560
