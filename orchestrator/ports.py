@@ -109,8 +109,8 @@ class Membership(Protocol):
         """The group at hand cannot go on: a member of it is gone."""
         ...
 
-    def formed(self, view: View, carried: Mapping[str, Any], *, pause_s: float) -> None:
-        """This process now trains in ``view``, after a pause; ``carried`` is the furthest that any ``carry`` gave."""
+    def formed(self, view: View, carried: Mapping[str, Any]) -> None:
+        """This process now trains in ``view``; ``carried`` is the furthest that any ``carry`` gave."""
         ...
 
     def carry(self) -> dict[str, Any]:

@@ -29,7 +29,6 @@ class Standing:
     beats: int  # signs of life of training so far
     quiet_s: float  # since the last
     waits: bool  # for the others
-    pause_s: float  # that forming the group took of training
 
 
 @final
@@ -45,7 +44,6 @@ class Door:
         self._left = False
         self._beats, self._beat_s = 0, time.monotonic()
         self._waits = False
-        self._pause_s = 0.0
 
     # The training thread
 
@@ -69,7 +67,7 @@ class Door:
     def broken(self, why: str) -> None:
         self._why, self._broken = why, self._generation
 
-    def formed(self, view: View, carried: Mapping[str, Any], *, pause_s: float) -> None:
+    def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         # Imported where groups change, and only there: a run whose Ray has them elsewhere never comes here.
         from ray.train.torch.config import _set_torch_distributed_env_vars
         from ray.train.v2._internal.execution.context import DistributedContext, get_train_context
@@ -91,7 +89,7 @@ class Door:
                 context.report_call_index = context.current_report_index = carried["reports"]
                 context.collective_seq = carried["collectives"]
         with self._changed:
-            self._reports, self._generation, self._pause_s = carried["reports"], view.generation, pause_s
+            self._reports, self._generation = carried["reports"], view.generation
 
     def carry(self) -> dict[str, Any]:
         from ray.train.v2._internal.execution.context import get_train_context
@@ -130,7 +128,6 @@ class Door:
                 beats=self._beats,
                 quiet_s=time.monotonic() - self._beat_s,
                 waits=self._waits,
-                pause_s=self._pause_s,
             )
 
 

@@ -64,7 +64,6 @@ class LiveWorkerGroup(WorkerGroup):
         self.notes: list[Mapping[str, Any]] = []  # what happened, for the run's events
         self.alarm = threading.Event()  # something is wrong: look at once
         self.lost = 0  # workers
-        self.pause_s: float | None = None  # that the newest change took of training
 
     def follow(self, *, fewest: int, hang_timeout_s: float | None) -> None:
         """Go on with those that are left, when workers are lost and at least ``fewest`` are."""
@@ -194,7 +193,6 @@ class LiveWorkerGroup(WorkerGroup):
         standings = self._standings([self._workers_by_member[member] for member in view.members])
         formed = [one for one in standings.values() if one is not None and one.generation >= view.generation]
         if len(formed) == len(view.members):
-            self.pause_s = formed[0].pause_s
             self._install(view, reports=formed[0].reports)
 
     def _install(self, view: View, *, reports: int) -> None:

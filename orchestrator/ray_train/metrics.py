@@ -59,8 +59,9 @@ PAUSES, FAULTS = "groundswell_resize_pause_seconds", "groundswell_faults"
 COUNTERS: Mapping[str, str] = {
     DECISIONS: "decisions, by the tag outcome: grow, shrink or keep",
     RESIZES: "changes of the number of workers",
-    PAUSES: "time that resizes took, from the word to hold until the new workers were ready",
-    FAULTS: "worker groups that failed and had to be started again",
+    PAUSES: "time that resizes took of training: from the word to hold until the new workers were ready, or, live, "
+    "until the new group was formed",
+    FAULTS: "workers that failed while the others went on, and worker groups that failed and were started again",
 }
 
 
@@ -81,6 +82,7 @@ class RunMetrics:
         self._gauges = {name: _gauge(name, config) for name in (*STEP_GAUGES, CHECKPOINT, USED, LEFT)}
         self._verdict = _gauge(VERDICT, config, tag="verdict")
         self._decisions = _counter(DECISIONS, config, tag="outcome")
+        self._resizes, self._pauses = _counter(RESIZES, config), _counter(PAUSES, config)
         self._target: int | None = None
         self._row: Mapping[str, Any] | None = None
         self._kept: dict[str, float] = {}  # gauges that events tell of
@@ -105,6 +107,10 @@ class RunMetrics:
             }
         elif kind == "decision":
             self._decisions.inc(tags={"outcome": self._outcome(row)})
+        elif kind == "resize":
+            self._resizes.inc()
+            if row["cost_s"]:  # unknown where a fault came between
+                self._pauses.inc(row["cost_s"])
         self._kept = kept
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
@@ -170,7 +176,7 @@ class FleetMetrics:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._gauges: dict[str, Gauge] = {}
-        self._counters: dict[str, Counter] = {}
+        self._faults: Counter | None = None
 
     def workers(self, *, wanted: int, present: int) -> None:
         """To be called again and again: a gauge that is not set is gone after two report intervals."""
@@ -179,18 +185,11 @@ class FleetMetrics:
                 self._gauges[name] = _gauge(name, self._config)
             self._gauges[name].set(float(value))
 
-    def resized(self, pause_s: float) -> None:
-        self._count(RESIZES)
-        self._count(PAUSES, pause_s)
-
     def faults(self, number: int = 1) -> None:
+        if self._faults is None:
+            self._faults = _counter(FAULTS, self._config)
         if number:
-            self._count(FAULTS, float(number))
-
-    def _count(self, name: str, by: float = 1.0) -> None:
-        if name not in self._counters:
-            self._counters[name] = _counter(name, self._config)
-        self._counters[name].inc(by)
+            self._faults.inc(float(number))
 
 
 def _gauge(name: str, config: RunConfig, *, tag: str | None = None) -> Gauge:

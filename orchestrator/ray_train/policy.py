@@ -127,9 +127,6 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
             group.notes = []
         self._metrics.faults(group.lost)
         group.lost = 0
-        if group.pause_s is not None:
-            self._metrics.resized(group.pause_s)
-            group.pause_s = None
         now = len(group) - group.preempted
         self._follow_wish(host, now)
         if not host.begun or group.is_changing:
@@ -269,9 +266,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         began, self._resize_began_s = self._resize_began_s, None
         if began is None:
             return None
-        cost_s = time.monotonic() - began
-        self._metrics.resized(cost_s)
-        return cost_s
+        return time.monotonic() - began
 
 
 def _caller(worker: Any) -> Callable[..., Any]:

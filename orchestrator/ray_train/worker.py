@@ -67,7 +67,7 @@ def _in_a_changing_group(worker: Worker, config: RunConfig) -> Worker:
         view = door.latest()
         assert view is not None, "the first group is told before training begins"
         first = groups.form(view, overtaken=lambda: False, patience_s=_FIRST_GROUP_S)
-        door.formed(view, door.carry(), pause_s=0.0)
+        door.formed(view, door.carry())
     return replace(worker, collective=ChangingCollective(first), membership=door, groups=groups)
 
 

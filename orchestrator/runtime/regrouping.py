@@ -276,9 +276,7 @@ class Regrouping:
         )
         self._boundary.go_on_in_another_group(given.asked)
         self.goal = furthest.point
-        self._membership.formed(
-            view, max((one.carried for one in standings), key=lambda one: tuple(one.values())), pause_s=change.cost_s()
-        )
+        self._membership.formed(view, max((one.carried for one in standings), key=lambda one: tuple(one.values())))
 
     def _give(self, *, since: int, in_part: list[FinishedStep]) -> _Given:
         state = self._course.state

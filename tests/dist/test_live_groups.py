@@ -80,7 +80,7 @@ class Told:
         if self._store.add(f"broken {self._generation}", 1) == 1:
             self.next()
 
-    def formed(self, view: View, carried: Mapping[str, Any], *, pause_s: float) -> None:
+    def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         self.joins, self._generation = False, view.generation
         if view.generation == self.fails_in:
             self.fails_in = 0

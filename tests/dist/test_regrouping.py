@@ -65,7 +65,7 @@ class FileMembership:
     def broken(self, why: str) -> None:
         self._say("broken", str(self._generation))
 
-    def formed(self, view: View, carried: Mapping[str, Any], *, pause_s: float) -> None:
+    def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         self._generation = view.generation
         self._say("formed", str(view.generation))
 
@@ -166,7 +166,7 @@ def member(place: Path, name: str, settings: RunConfig) -> None:
         view = membership.latest()
         assert view is not None
         first = groups.form(view, overtaken=lambda: False, patience_s=60)
-        membership.formed(view, {}, pause_s=0.0)
+        membership.formed(view, {})
     worker = Worker(
         collective=ChangingCollective(first),
         device=torch.device("cpu"),
