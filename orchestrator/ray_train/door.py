@@ -30,6 +30,10 @@ class Standing:
     quiet_s: float  # since the last
     waits: bool  # for the others
 
+    def hangs(self, *, longest_s: float) -> bool:
+        """Whether training stands still there, other than while it begins or waits for others."""
+        return self.beats > 0 and not self.waits and self.quiet_s > longest_s
+
 
 @final
 class Door:
@@ -66,6 +70,7 @@ class Door:
 
     def broken(self, why: str) -> None:
         self._why, self._broken = why, self._generation
+        self.beat(waits=True)  # for the controller, and then for those who are left
 
     def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         # Imported where groups change, and only there: a run whose Ray has them elsewhere never comes here.
@@ -90,6 +95,8 @@ class Door:
                 context.collective_seq = carried["collectives"]
         with self._changed:
             self._reports, self._generation = carried["reports"], view.generation
+        if self._beats:  # else training has yet to begin
+            self.beat(waits=False)
 
     def carry(self) -> dict[str, Any]:
         from ray.train.v2._internal.execution.context import get_train_context

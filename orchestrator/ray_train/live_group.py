@@ -322,9 +322,7 @@ class LiveWorkerGroup(WorkerGroup):
         hanging = [
             worker
             for worker in self.get_workers()
-            if (one := standings[member_of(worker)]) is not None
-            and not one.waits
-            and one.quiet_s > self._hang_timeout_s
+            if (one := standings[member_of(worker)]) is not None and one.hangs(longest_s=self._hang_timeout_s)
         ]
         for worker in hanging:
             logger.warning("worker %s has done nothing for %g s: it is ended", worker, self._hang_timeout_s)

@@ -1,0 +1,36 @@
+"""What the controller may take for a hang, and what it may not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import ray
+
+from orchestrator.ray_train.door import Door, Standing
+
+TRAINS = Standing(
+    generation=0, reports=0, ready=False, broken=-1, why="", left=False, beats=3, quiet_s=9.0, waits=False, pause_s=0.0
+)
+
+
+def test_only_training_that_has_begun_and_waits_for_nobody_hangs() -> None:
+    assert TRAINS.hangs(longest_s=8.0)
+    assert not TRAINS.hangs(longest_s=10.0)
+    assert not replace(TRAINS, beats=0).hangs(longest_s=8.0)
+    assert not replace(TRAINS, waits=True).hangs(longest_s=8.0)
+
+
+def test_who_found_its_group_broken_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Context:
+        def get_actor_id(self) -> str:
+            return "a"
+
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    door = Door()
+    door.beat(waits=False)
+    assert not door.standing().waits
+    door.broken("a rank is gone")
+    assert door.standing().waits
+    door.beat(waits=False)
+    assert not door.standing().waits
