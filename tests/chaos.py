@@ -87,7 +87,7 @@ def chaos_config(path: Path, *, rounds: int, step_s: float, **workers: Any) -> R
         controller={"policy": "schedule", "ramp": ramp(samples), "every_samples": 40, "shrink": True},
         checkpoint={"every_samples": 64, "keep": 2},
         evaluation={"every_samples": 500},
-        recovery={"hang_timeout_s": 4.0, "max_failures": 100},
+        recovery={"hang_timeout_s": 8.0, "max_failures": 100},
         workers=workers,
         ledger=True,
     )
