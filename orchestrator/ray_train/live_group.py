@@ -194,6 +194,16 @@ class LiveWorkerGroup(WorkerGroup):
         formed = [one for one in standings.values() if one is not None and one.generation >= view.generation]
         if len(formed) == len(view.members):
             self._install(view, reports=formed[0].reports)
+        elif self._zero_has_left(view):
+            # The next rank zero needs the controller before the group stands, and is met once it is installed here.
+            self._install(view, reports=0)
+
+    def _zero_has_left(self, view: View) -> bool:
+        """Whether rank zero goes in ``view``, and has handed over; nobody comes then."""
+        zero = self.get_workers()[0]
+        stays = member_of(zero) in view.members
+        one = None if stays else self._standings([zero])[member_of(zero)]
+        return one is not None and one.left
 
     def _install(self, view: View, *, reports: int) -> None:
         """``view`` is in force: make its members the workers that Ray Train knows."""
