@@ -40,6 +40,13 @@ def order(run: Path, *arguments: str) -> dict[str, Any]:
     return events(run, "control")[-1]
 
 
+def rows_after(run: Path, event: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the steps after ``event``, once there are some."""
+    return until(
+        lambda: [row for row in folder.surviving(run / folder.METRICS) if row["samples_seen"] > event["samples_seen"]]
+    )
+
+
 def rows_from(run: Path, answer: dict[str, Any]) -> list[dict[str, Any]]:
     """The steps after the second decision that follows the answer, once there are as many again."""
     due = answer["samples_seen"] + 2 * EVERY
@@ -70,6 +77,8 @@ def operate(run: Path, failed: list[BaseException]) -> None:
         order(run, "cap", "--max-workers", "1")
         resize = until(lambda: events(run, "resize"))[0]
         assert (resize["from_workers"], resize["to_workers"]) == (2, 1)
+        alone = until(lambda: [row for row in rows_after(run, resize) if row["world_size"] == 1])
+        assert {row["global_batch"] for row in alone} == {24}  # the orders stand
         wanted = events(run, "workers_wanted")[-1]
         assert (wanted["num_workers"], wanted["reason"]) == (1, "workers at most 1 by order")
         order(run, "stop")
@@ -80,7 +89,10 @@ def operate(run: Path, failed: list[BaseException]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_orders_act_on_a_running_job_and_workers_above_a_cap_go_without_a_loss(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resize", ["live", "restart"])
+def test_orders_act_on_a_running_job_and_workers_above_a_cap_go_without_a_loss(
+    cluster: None, tmp_path: Path, resize: str
+) -> None:
     from orchestrator.ray_train.trainer import AdaptiveTrainer
 
     (tmp_path / "pids").mkdir()
@@ -90,7 +102,7 @@ def test_orders_act_on_a_running_job_and_workers_above_a_cap_go_without_a_loss(c
         train={"samples": 100_000},
         batch={"initial": 16, "micro_batch": 4, "max": 48},
         controller={"policy": "schedule", "ramp": [[64, 24], [256, 32], [768, 48]], "every_samples": EVERY},
-        workers={"initial": 2, "max": 2, "micro_batches_each": 2, "when": "always"},
+        workers={"initial": 2, "max": 2, "micro_batches_each": 2, "when": "always", "resize": resize},
         ledger=True,
     )
     run = tmp_path / "run"
@@ -101,9 +113,10 @@ def test_orders_act_on_a_running_job_and_workers_above_a_cap_go_without_a_loss(c
     operator.join()
     assert not failed, failed
     assert events(run, "stopped")[-1]["reason"] == "by order"
-    # The group of one worker was told of the orders that stand.
+    # Where all were started again, the group of one worker was told of the orders that stand.
     still = [row for row in events(run, "control") if row["request"] is None]
-    assert [(row["max_batch"], row["max_workers"], row["held"]) for row in still] == [(24, 1, False)]
+    told = [(row["max_batch"], row["max_workers"], row["held"]) for row in still]
+    assert told == [(24, 1, False)] * (resize == "restart")
     assert verify_ledger(run).violation is None
     decided = recorded(run)
     assert recomputed(run)[: len(decided)] == decided
