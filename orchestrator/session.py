@@ -427,9 +427,14 @@ class Session:
     def evaluate(self, metrics: Callable[[], Mapping[str, float]]) -> None:
         """Collective. Record what ``metrics`` gives, and where a worker is lost meanwhile, call it again.
 
-        ``session.record_evaluation(metrics())`` does without the second.
+        It is called within ``ema_weights``. With ``record_evaluation`` a loss is a restart from the last checkpoint.
         """
-        found = self._survive(metrics, at=after_step(self.step_number - 1))
+
+        def averaged() -> Mapping[str, float]:
+            with self.ema_weights():
+                return metrics()
+
+        found = self._survive(averaged, at=after_step(self.step_number - 1))
         if found is not None:
             self.record_evaluation(found)
 

@@ -49,9 +49,8 @@ def train(config: RunConfig, worker: Worker, *, resume: bool) -> bool:
             if session.curvature_due:
                 session.measure_curvature(partial(_loss, task, config=config, worker=worker))
             if session.evaluation_due:
-                with session.ema_weights():
-                    chunk = _chunk(config, session)
-                    session.evaluate(partial(evaluate, task, model, config, worker, chunk=chunk))
+                chunk = _chunk(config, session)
+                session.evaluate(partial(evaluate, task, model, config, worker, chunk=chunk))
     return session.finished
 
 

@@ -325,18 +325,32 @@ class LiveWorkerGroup(WorkerGroup):
         return [replace(result, preemption_info=None) for result in results]
 
     def _watch(self) -> None:
-        """Find workers that hang: nothing is heard of them, or they keep the others waiting."""
+        """Find workers that hang, and keep the others waiting; and a group that is broken though nobody is gone."""
         if self._fewest is None or self._hang_timeout_s is None:
             return
         standings = self._standings(self.get_workers())
+        known = [one for one in standings.values() if one is not None]
+        if len(known) == len(standings) and all(one.broken >= self._installed for one in known):
+            self._form_again()
+            return
         hanging = [
             worker
             for worker in self.get_workers()
             if (one := standings[member_of(worker)]) is not None and one.hangs(longest_s=self._hang_timeout_s)
         ]
-        for worker in hanging:
+        for worker in hanging if any(one.waits for one in known) else ():
             logger.warning("worker %s has done nothing for %g s: it is ended", worker, self._hang_timeout_s)
             self._end(worker)  # the next poll finds it gone
+
+    def _form_again(self) -> None:
+        """All found their group broken, and nobody is gone: an exchange failed on its way."""
+        view = replace(
+            self._view_of(self.get_workers()), lost="an exchange between the workers failed, and all are there"
+        )
+        self._view = view
+        self._install(view, reports=0)
+        for worker in self.get_workers():
+            worker.execute_async(tell, view)
 
     def _dead(self, workers: Sequence[RayWorker]) -> list[RayWorker]:
         asked = {worker.execute_async(standing): worker for worker in workers}

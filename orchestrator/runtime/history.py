@@ -519,6 +519,7 @@ class History:
     def regrouped(self, change: Regroup, in_part: Sequence[FinishedStep]) -> Welcome:
         """Collective. Meet the controller as the group of ``change``, with the steps that are known in part only."""
         met: Welcome | Exception | None = None
+        self._saved_step = None  # a rank may have been lost while it was saved, and each think otherwise of it
         # Those that were taken in before another rank was lost, and the group changed again, are known.
         in_part = [step for step in in_part if step.measured.sample.step >= self._told.step]
         if self._worker.rank == 0:

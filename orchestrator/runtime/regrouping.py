@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from orchestrator.core.controller import Rules
@@ -113,6 +113,9 @@ class Regrouping:
         self._history = history
         self._dataset_size = dataset_size
         self._generation = 0
+        self._got: tuple[int, _Given] | None = (
+            None  # the point and state that were reached in a group that broke at once
+        )
         self.goal = 0  # the point at which the whole group goes on: who stands before it skips what lies between
         self.left = False  # this process is in no group any more
 
@@ -181,6 +184,7 @@ class Regrouping:
         in_part: list[FinishedStep],
     ) -> None:
         """Form the group of ``view``, or of the next that comes, until one stands."""
+        self._got = None
         while True:
             if view is None:
                 view = self._membership.wait(newer_than=self._generation, timeout_s=_NEW_VIEW_S)
@@ -231,8 +235,8 @@ class Regrouping:
     ) -> None:
         collective = self._collective
         own = Standing(
-            joins=at is None,
-            point=-1 if at is None else at,
+            joins=at is None and self._got is None,
+            point=self._got[0] if self._got is not None else -1 if at is None else at,
             told=self._history.told.step,
             writes=self._history.journal.is_open,
             age_s=process_age_s(),
@@ -253,6 +257,7 @@ class Regrouping:
         self._live_state.spread(source=source, behind=behind)
         if behind or own.told < furthest.told:
             self._history.remember_live(given.memory, joins=own.joins)
+        self._got = furthest.point, given
         self._replica.wrap(alike=True)
         change = Regroup(
             before=before or len(stay),
@@ -279,6 +284,8 @@ class Regrouping:
         self._membership.formed(view, max((one.carried for one in standings), key=lambda one: tuple(one.values())))
 
     def _give(self, *, since: int, in_part: list[FinishedStep]) -> _Given:
+        if self._got is not None:  # the course goes by it only once a group stands
+            return replace(self._got[1], memory=self._history.live_memory(since=since))
         state = self._course.state
         return _Given(
             step=state.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ray.train.v2.api.config import ScalingConfig
@@ -19,7 +20,6 @@ class Group:
         self.workers, self.newcomers = workers, newcomers
         self.notes: tuple[Any, ...] = ()
         self.lost = self.preempted = 0
-        self.pause_s: float | None = None
         self.is_changing = False
         self.views: list[int] = []
 
@@ -36,6 +36,11 @@ class Group:
         self.views.append(number)
         self.newcomers -= max(0, number - self.workers)
         self.workers = number
+        return SimpleNamespace(members=("rank zero",))
+
+    def member(self, name: str) -> Any:
+        """Rank zero stays what it is."""
+        return SimpleNamespace(actor=None)
 
     def dismiss(self, why: str) -> None:
         self.newcomers = 0
