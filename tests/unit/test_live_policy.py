@@ -10,6 +10,7 @@ from ray.train.v2.api.config import ScalingConfig
 
 from orchestrator.ports import Commands
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
+from orchestrator.ray_train.resources import Request
 from tests.support import config
 
 
@@ -55,10 +56,15 @@ class Host:
     def command(self, commands: Commands) -> None: ...
 
 
+def nothing() -> None:
+    """No cluster is asked for anything."""
+
+
 def views_told(folder: Path, *, workers: int, newcomers: int, wanted: int) -> tuple[list[int], int]:
     """The sizes of the groups that are told in some polls, and the newcomers that wait in the end."""
     settings = config(folder, workers={"initial": wanted, "max": 8})
     policy = AdaptiveScalingPolicy(ScalingConfig(num_workers=(1, 8)), settings)
+    policy._request = Request(send=nothing, repeat=nothing, cancel=nothing)
     group: Any = Group(workers, newcomers=newcomers)
     host: Any = Host(wanted)
     for _ in range(4):
