@@ -143,6 +143,7 @@ class Injector:
                     self._nodes.append(self._cluster.add_node(num_cpus=1))
 
     def _signal(self, number: signal.Signals, place: float) -> None:
+        self._until(lambda: bool(self._alive()))  # who has just become another rank says so in its next step
         pids = self._alive()
         os.kill(pids[int(place * len(pids))], number)
 

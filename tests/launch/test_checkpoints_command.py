@@ -192,6 +192,7 @@ def test_a_torn_one_is_passed_over_or_refused_where_it_was_named(run: Path, tmp_
 
 def saved(place: Path, model: nn.Module) -> Path:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    place.mkdir(exist_ok=True)  # a store makes no folder that is gone
     store = CheckpointStore(place / "checkpoints", keep=1, collective=Solo())
     store.save(model, optimizer, step=1, meta={})
     return place

@@ -141,7 +141,8 @@ def test_a_run_is_followed_left_shown_again_stopped_and_goes_on(
     assert ask(open_head, "logs", "wave", "--follow")[0] == 130  # of a job that is over
 
     total = f"train.samples={reached + 128}"
-    code, finished, _ = ask(open_head, "submit", given, "--follow", "--set", total, "--set", "task.options.sleep_s=0")
+    faster = ["--set", "task.options.sleep_s=0", "--set", "recovery.accept_changed=[task.options.sleep_s]"]
+    code, finished, _ = ask(open_head, "submit", given, "--follow", "--set", total, *faster)
     assert code == 0
     assert f"resumed at {reached:,} samples of {reached + 128:,}" in finished
     assert f": {reached + 128:,} samples in " in finished
