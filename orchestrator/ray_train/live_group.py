@@ -188,10 +188,9 @@ class LiveWorkerGroup(WorkerGroup):
 
     def _install_formed(self) -> None:
         view = self._view
-        if view is None or view.generation <= self._installed:
+        if view is None or not self.is_changing:
             return
-        standings = self._standings([self._workers_by_member[member] for member in view.members])
-        formed = [one for one in standings.values() if one is not None and one.generation >= view.generation]
+        formed = self._formed(view)
         if len(formed) == len(view.members):
             self._install(view, reports=formed[0].reports)
         elif self._zero_has_left(view):
@@ -305,12 +304,13 @@ class LiveWorkerGroup(WorkerGroup):
     def _install_if_begun(self) -> None:
         """A view that some have formed already is in force, though not all have said so."""
         view = self._view
-        if view is None or view.generation <= self._installed:
-            return
-        standings = self._standings([self._workers_by_member[member] for member in view.members])
-        formed = [one for one in standings.values() if one is not None and one.generation >= view.generation]
-        if formed:
+        if view is not None and self.is_changing and (formed := self._formed(view)):
             self._install(view, reports=formed[0].reports)
+
+    def _formed(self, view: View) -> list[Standing]:
+        """What those of its members say who train in ``view`` already."""
+        standings = self._standings([self._workers_by_member[member] for member in view.members])
+        return [one for one in standings.values() if one is not None and one.generation >= view.generation]
 
     def _without_notices(self, results: list[WorkerStatus]) -> list[WorkerStatus]:
         """Ray Train would start all workers again because a node goes; where others are left, they go on instead."""

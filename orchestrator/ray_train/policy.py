@@ -1,8 +1,9 @@
 """The scaling policy: asks Ray for the workers that training wants, and resizes only when nothing can be lost.
 
-These are Ray Train internals (pinned to the 2.60 line); they are used in this file and in ``trainer``, nowhere else.
-A resize is a handshake: the workers are told to hold; each saves and reports; only when every rank has reported the
-checkpoint of that hold is the worker group changed. Until the workers asked for are there, training goes on.
+These are Ray Train internals (the 2.60 line), used in this package alone; ``seam`` lists those that live resizes rely
+on. A live resize is the worker group's affair, which is told here how many workers are wanted. A restart is a
+handshake: the workers are told to hold; each saves and reports; only when every rank has reported the checkpoint of
+that hold is the worker group changed. Until the workers asked for are there, training goes on.
 """
 
 from __future__ import annotations
