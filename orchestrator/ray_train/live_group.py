@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import ray
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
@@ -32,9 +32,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from orchestrator.ports import Place, View
 from orchestrator.ray_train.cohort import Cohort
 from orchestrator.ray_train.door import Standing, standing, tell
+from orchestrator.ray_train.reports import Reports
 from orchestrator.ray_train.slots import Slots
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _SOON_S = 0.25
 _ANSWER_S = 2.0  # for a worker's actor, which runs beside its training
@@ -64,6 +66,7 @@ class LiveWorkerGroup(WorkerGroup):
         self.notes: list[Mapping[str, Any]] = []  # what happened, for the run's events
         self.alarm = threading.Event()  # something is wrong: look at once
         self.lost = 0  # workers
+        self._reports: Reports[_TrainingReport] = Reports()
 
     def follow(self, *, fewest: int, hang_timeout_s: float | None) -> None:
         """Go on with those that are left, when workers are lost and at least ``fewest`` are."""
@@ -107,6 +110,8 @@ class LiveWorkerGroup(WorkerGroup):
         view = self._view_of(self.get_workers(), host=host)
         self._view, self._installed = view, view.generation
         ray.get([worker.execute_async(tell, view) for worker in self.get_workers()])
+        for worker in self.get_workers():
+            self._reports.begin(member_of(worker), since=self._callback(CheckpointManager)._current_report_index)
 
     # Coming and going
 
@@ -214,7 +219,10 @@ class LiveWorkerGroup(WorkerGroup):
                 worker.distributed_context, world_rank=rank, world_size=world_size, **_fields(place)
             )
         polls = {id(before[rank]): poll for rank, poll in self._world_rank_to_ongoing_poll.items()}
-        self._carry_reports(before, workers, reports=reports, forced=view.lost is not None)
+        self._callback(ReportCallbackHandler)._training_report_queues = [deque() for _ in workers]
+        for worker in workers:
+            if worker not in before:
+                self._reports.begin(member_of(worker), since=reports)
         self._worker_group_state = replace(self.get_worker_group_state(), workers=workers)
         self._worker_group_context = replace(self._worker_group_context, num_workers=world_size)
         self._world_rank_to_ongoing_poll.clear()
@@ -235,19 +243,30 @@ class LiveWorkerGroup(WorkerGroup):
             self._cohort = None
         logger.info("%d workers train now, and %d did before", world_size, len(before))
 
-    def _carry_reports(
-        self, before: Sequence[RayWorker], workers: Sequence[RayWorker], *, reports: int, forced: bool
-    ) -> None:
-        """Ray Train takes in a report once every worker has made it: newcomers count as having made those before."""
-        handler = next(cb for cb in self._callbacks if isinstance(cb, ReportCallbackHandler))
-        manager = next(cb for cb in self._callbacks if isinstance(cb, CheckpointManager))
-        queues = handler._training_report_queues
-        made = {id(worker): queue for worker, queue in zip(before, queues, strict=True)}
-        blank = _TrainingReport(checkpoint=None, metrics={}, validation=False)
-        owed = 0 if forced else max(0, reports - manager._current_report_index)
-        handler._training_report_queues = [
-            made.get(id(worker), deque([blank] * owed)) if not forced else deque() for worker in workers
-        ]
+    # What workers report
+
+    def _with_whole_reports(self, results: list[WorkerStatus]) -> list[WorkerStatus]:
+        """Hand on the next report that every worker has made, and nothing of one that only some have."""
+        workers = self.get_workers()
+        for worker, result in zip(workers, results, strict=True):
+            if result.training_report is not None:
+                self._reports.take(member_of(worker), result.training_report.number, result.training_report)
+        handler, manager = self._callback(ReportCallbackHandler), self._callback(CheckpointManager)
+        # Where the nodes of some are taken, and the others cannot go on without them, Ray waits for the others alone.
+        ranks = handler._get_required_ranks()
+        whole = self._reports.whole([member_of(workers[rank]) for rank in ranks])
+        results = [replace(result, training_report=None) for result in results]
+        if whole is None:
+            return results
+        number, reports = whole
+        manager._current_report_index = number - 1  # it counts on by one, and not those that were left out
+        for rank, report in zip(ranks, reports, strict=True):
+            # It is not over before all reports were handed on, of which there is one at a time.
+            results[rank] = replace(results[rank], training_report=report or _blank(), running=True)
+        return results
+
+    def _callback(self, kind: type[T]) -> T:
+        return next(callback for callback in self._callbacks if isinstance(callback, kind))
 
     # What goes wrong
 
@@ -258,7 +277,7 @@ class LiveWorkerGroup(WorkerGroup):
         results: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
         self.alarm.clear()
         if self._fewest is None:
-            return results
+            return self._with_whole_reports(results)
         gone = {rank for rank, result in enumerate(results) if isinstance(result.error, _GONE)}
         left = [rank for rank in range(len(workers)) if rank not in gone]
         if (
@@ -268,7 +287,7 @@ class LiveWorkerGroup(WorkerGroup):
         ):
             self._go_on_without([workers[rank] for rank in gone], results)
             results = [results[rank] for rank in left]
-        return self._without_notices(results)
+        return self._with_whole_reports(self._without_notices(results))
 
     def _go_on_without(self, gone: Sequence[RayWorker], results: Sequence[WorkerStatus]) -> None:
         """Tell those that are left that they are the group now."""
@@ -279,14 +298,15 @@ class LiveWorkerGroup(WorkerGroup):
         left = [worker for worker in self.get_workers() if worker not in gone]
         view = replace(self._view_of(left), lost=", and ".join(map(_obituary, gone)))
         self._view = view
-        state = self.get_worker_group_state()
-        state.sync_actor.reset.remote()  # those who wait for the others in a report go on without it
-        for worker in left:
-            worker.actor.clear_result_queue.remote()
         self._install(view, reports=0)
+        self._release_reports()
         self._leaving = [(worker, looks) for worker, looks in self._leaving if worker not in gone]
         for worker in [*left, *([] if self._cohort is None else self._cohort.workers)]:
             worker.execute_async(tell, view)
+
+    def _release_reports(self) -> None:
+        """Those who wait in a report for one that will not come go on without it."""
+        self.get_worker_group_state().sync_actor.reset.remote()
 
     def _give_up_on_dead_newcomers(self) -> None:
         """Those who wait for one that died before it joined go on as they were."""
@@ -330,6 +350,8 @@ class LiveWorkerGroup(WorkerGroup):
             return
         standings = self._standings(self.get_workers())
         known = [one for one in standings.values() if one is not None]
+        if self._view is not None and self._view.lost and any(one.generation < self._installed for one in known):
+            self._release_reports()  # also those who came to wait only after it was known
         if len(known) == len(standings) and all(one.broken >= self._installed for one in known):
             self._form_again()
             return
@@ -425,6 +447,11 @@ class LiveWorkerGroup(WorkerGroup):
 
 
 _LOOKS = 10
+
+
+def _blank() -> _TrainingReport:
+    """For one who came after that report was made."""
+    return _TrainingReport(checkpoint=None, metrics={}, validation=False)
 
 
 def member_of(worker: RayWorker) -> str:

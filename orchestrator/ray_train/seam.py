@@ -98,7 +98,6 @@ RELIED_ON: tuple[Relied, ...] = (
         methods={"execute_async": None},
         fields=("actor", "metadata", "distributed_context"),
     ),
-    Relied(module=f"{_GROUP}.worker", name="RayTrainWorker", methods={"clear_result_queue": ()}),
     Relied(module=f"{_GROUP}.worker", name="ActorMetadata", fields=("node_id", "node_ip", "pid")),
     Relied(
         module=f"{_GROUP}.poll",
@@ -123,6 +122,7 @@ RELIED_ON: tuple[Relied, ...] = (
     Relied(
         module=f"{_EXECUTION}.checkpoint.report_handler",
         name="ReportCallbackHandler",
+        methods={"_get_required_ranks": ()},
         fields=("_training_report_queues",),
     ),
     Relied(
@@ -146,12 +146,15 @@ RELIED_ON: tuple[Relied, ...] = (
         name="TrainContext",
         fields=(
             "distributed_context",
+            "execution_context",
             "report_order_condition",
             "report_call_index",
             "current_report_index",
             "collective_seq",
         ),
+        uses={"_wait_then_report": ("get_result_queue", "put", "current_report_index")},
     ),
+    Relied(module=f"{_EXECUTION}.context", name="ExecutionContext", fields=("result_queue",)),
     Relied(module=f"{_EXECUTION}.context", name="get_train_context", parameters=()),
     Relied(
         module=f"{_V2}.callbacks.preemption_callback",

@@ -17,6 +17,7 @@ from orchestrator.ports import Collective
 from orchestrator.ray_train.door import the_door
 from orchestrator.ray_train.mailbox import open_mailbox
 from orchestrator.ray_train.metrics import RunMetrics
+from orchestrator.ray_train.reports import number_reports
 from orchestrator.runtime.collective import Apart, ChangingCollective, ProcessGroupCollective, Solo
 from orchestrator.runtime.group import Groups
 from orchestrator.runtime.worker import Worker
@@ -61,6 +62,7 @@ def _formed_by_ray() -> Collective:
 def _in_a_changing_group(worker: Worker, config: RunConfig) -> Worker:
     """In the first group, or apart from it until the others take this worker in."""
     door = the_door()
+    number_reports()
     groups = Groups(door.member, device=worker.device, hang_timeout_s=config.recovery.hang_timeout_s)
     first: Collective = Apart()
     if not door.joins:

@@ -7,6 +7,7 @@ group that its training uses.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 
 @final
@@ -84,12 +85,26 @@ class BackgroundSave:
         self._took_s = time.perf_counter() - self._began_s
 
 
+class _FoldersThatAreThere(FileSystem):
+    """Makes none: a folder that went away would come back empty, above a checkpoint that nobody looks for there."""
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        pass
+
+
+def writer_into(path: Path) -> FileSystemWriter:
+    """Of tensors, into a folder that was made before and is not made anew."""
+    writer = FileSystemWriter(path)
+    writer.fs = _FoldersThatAreThere()
+    return writer
+
+
 def write_alone(tree: Mapping[str, Any], path: Path) -> None:
     """Write ``tree`` to ``path`` as ``torch.distributed.checkpoint`` does, without the other ranks.
 
     Its own ``save(no_dist=True)`` warns whenever it is called, and a warning is filtered for all threads or for none.
     """
-    planner, writer = DefaultSavePlanner(), FileSystemWriter(path)
+    planner, writer = DefaultSavePlanner(), writer_into(path)
     writer.reset(path)
     planner.set_up_planner(dict(tree), writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(True)

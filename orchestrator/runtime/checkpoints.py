@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -32,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from orchestrator.errors import CheckpointError
 from orchestrator.ports import Collective
-from orchestrator.runtime.background_save import BackgroundSave, HostCopy, write_alone
+from orchestrator.runtime.background_save import BackgroundSave, HostCopy, write_alone, writer_into
 from orchestrator.runtime.checkpoint_files import (
     META,
     Fault as Fault,
@@ -234,7 +235,8 @@ class CheckpointStore:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
                 state_dict_saver.save(
                     tree,
-                    checkpoint_id=path,
+                    # Elsewhere a folder may have to be made: other nodes need not see rank zero's.
+                    storage_writer=writer_into(path) if self._collective.rank == 0 else FileSystemWriter(path),
                     # What all ranks hold is rank zero's to write: other nodes may have a folder of their own there.
                     planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
                     no_dist=self._collective.world_size == 1,

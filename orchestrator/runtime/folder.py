@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ LOCK = ".lock"
 LAUNCHER_LOCK = ".launcher.lock"
 
 MOST_WAITING_BYTES = 64 << 20  # a few hundred thousand steps
+_TAIL_BYTES = 1 << 16
 PATIENCE_S = 10.0  # for an attempt that has just ended to let go
 
 
@@ -195,8 +197,9 @@ def make(folder: Path) -> None:
 
 
 def next_attempt(folder: Path) -> int:
-    """One more than the highest attempt that wrote an event."""
-    return 1 + max((int(row["attempt"]) for row in rows(folder / EVENTS)), default=0)
+    """One more than the highest attempt that wrote an event, which is the one that wrote the last."""
+    last = last_row(folder / EVENTS)
+    return 1 if last is None else 1 + int(last["attempt"])
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -212,13 +215,36 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             if torn is not None:
                 raise RunFolderError(f"{path}: {torn}; the file was changed by something else than a run")
             try:
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict) or "attempt" not in row:
-                    raise ValueError("a run's lines are objects with an attempt")
+                row = _row(line)
             except ValueError as error:
                 torn = f"line {number} is not JSON of a run ({error})"
                 continue
             yield row
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file, read from its end, for a run's may be long. ``None`` where there is none.
+
+    Raises ``RunFolderError`` as ``rows`` does, for what it reads.
+    """
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        lines: list[bytes] = []
+        for tail in (_TAIL_BYTES, size):
+            file.seek(max(0, size - tail))
+            lines = file.read().splitlines()
+            if len(lines) > 2:  # the first may begin before, and the last be torn
+                break
+    for line in reversed(lines[-2:]):
+        try:
+            return _row(line)
+        except ValueError as error:
+            broken = f"a line near its end is not JSON of a run ({error})"
+    if len(lines) < 2:
+        return None
+    raise RunFolderError(f"{path}: {broken}; the file was changed by something else than a run")
 
 
 def surviving(path: Path) -> list[dict[str, Any]]:
@@ -236,6 +262,13 @@ def surviving(path: Path) -> list[dict[str, Any]]:
             kept = {s: r for s, r in kept.items() if s < step}
         kept[step] = row
     return [kept[step] for step in sorted(kept)]
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict) or "attempt" not in row:
+        raise ValueError("a run's lines are objects with an attempt")
+    return row
 
 
 def _known(value: Any) -> Any:

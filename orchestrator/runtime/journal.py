@@ -135,9 +135,11 @@ class Journal:
 
     def catch_up(self, finished: Sequence[FinishedStep]) -> None:
         """Write the lines that the one who wrote before did not come to write, of steps that were taken in already."""
+        if not finished:
+            return
         if self._config.ledger:
-            self.planned_ledger([step for step in finished if step.measured.sample.step > self._written(folder.LEDGER)])
-        late = [step for step in finished if step.measured.sample.step > self._written(folder.METRICS)]
+            self.planned_ledger(self._not_written(finished, folder.LEDGER))
+        late = self._not_written(finished, folder.METRICS)
         self._append(folder.METRICS, *(self._row(step, self._fresh_stats(decides=False)) for step in late))
 
     def planned_ledger(self, finished: Sequence[FinishedStep]) -> None:
@@ -154,13 +156,10 @@ class Journal:
         ]
         self.ledger(finished, taken)
 
-    def _written(self, name: str) -> int:
-        """The last step that the folder has a line of."""
+    def _not_written(self, finished: Sequence[FinishedStep], name: str) -> list[FinishedStep]:
         assert self._writer is not None, "open() comes first"
-        last = -1
-        for row in folder.rows(self._writer.folder / name):
-            last = int(row["step"])
-        return last
+        last = folder.last_row(self._writer.folder / name)
+        return [step for step in finished if last is None or step.measured.sample.step > last["step"]]
 
     def _line(self, finished: FinishedStep) -> Mapping[str, Any]:
         measured, plan, sample = finished.measured, finished.plan, finished.measured.sample

@@ -24,6 +24,7 @@ KILLS = 10
 
 
 @pytest.mark.benchmark
+@pytest.mark.timeout(900)
 def test_the_others_go_on_at_once(tmp_path: Path) -> None:
     killed: list[tuple[int, float]] = []
     moment = random.Random(0)
@@ -60,6 +61,6 @@ def test_the_others_go_on_at_once(tmp_path: Path) -> None:
     report = verify(tmp_path / "run")
     assert report.violation is None, report.text
     resumed = [row for row in folder.rows(tmp_path / "run" / folder.EVENTS) if row["kind"] == "resumed"]
-    assert not resumed, "no checkpoint was needed"
+    assert not any(row["checkpoint"] for row in resumed), "no checkpoint was needed"
     # Two are left of each broken step, and they alone have begun it twice.
     assert again <= 2 * KILLS

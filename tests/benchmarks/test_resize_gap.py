@@ -72,6 +72,7 @@ def test_what_is_left_of_a_gap() -> None:
 
 
 @pytest.mark.benchmark
+@pytest.mark.timeout(1800)
 def test_nobody_waits_for_those_who_come_or_go(cluster: None, tmp_path: Path) -> None:
     live = operated(
         settings(tmp_path / "live", workers={"resize": "live"}),
@@ -121,6 +122,7 @@ def warming(processes: list[Process], asked_s: float) -> tuple[float, float]:
 
 
 @pytest.mark.benchmark
+@pytest.mark.timeout(1800)
 def test_newcomers_cost_what_any_load_does(cluster: None, tmp_path: Path) -> None:
     import ray
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import deque
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from orchestrator.errors import ConfigError, RunFolderError, StorageError
 from orchestrator.runtime import folder
@@ -144,3 +148,17 @@ def test_a_run_that_could_not_resume_lets_go_of_its_folder(run: Path) -> None:
         with pytest.raises(ConfigError, match=r"run\.seed: 1"):
             train(settings, local_worker(settings), resume=True)
     folder.RunWriter(run / "run", patience_s=0.05).close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 200_000), max_size=4),
+    torn=st.sampled_from([b"", b'{"attempt": 1, "st', b"\n", b"no JSON\n", b'{"attempt": 9}']),
+)
+def test_the_last_line_is_found_from_the_end_of_a_file(sizes: list[int], torn: bytes) -> None:
+    with TemporaryDirectory() as place:
+        path = Path(place) / folder.METRICS
+        assert folder.last_row(path) is None
+        lines = [json.dumps({"attempt": 1, "step": step, "text": "x" * size}) for step, size in enumerate(sizes)]
+        path.write_bytes("".join(line + "\n" for line in lines).encode() + torn)
+        assert folder.last_row(path) == next(iter(deque(folder.rows(path), maxlen=1)), None)

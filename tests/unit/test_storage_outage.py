@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from orchestrator.errors import CheckpointError, StorageError
-from orchestrator.runtime import folder
+from orchestrator.runtime import checkpoints, folder
 from orchestrator.runtime.folder import RunWriter
 from orchestrator.runtime.patient_file import Outage, PatientFile
 from orchestrator.session import Session
@@ -192,6 +192,25 @@ def test_a_path_that_stays_away_ends_the_run_which_can_be_resumed_when_it_is_bac
     trained(tmp_path, resume=True, sections={"train": {"samples": (newest + 4) * BATCH}, "ledger": True})
     assert [e["step"] for e in events(tmp_path, "resumed")] == [newest]
     assert_readable(tmp_path)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_path_that_goes_away_within_a_save_does_not_come_back_empty(
+    tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, away = checkpoints._make_empty, tmp_path / "away"
+
+    def gone_once_made(path: Path) -> None:
+        make(path)
+        if not away.exists():
+            (tmp_path / "run").rename(away)
+
+    monkeypatch.setattr(checkpoints, "_make_empty", gone_once_made)
+    every = {"every_samples": 2 * BATCH, "asynchronous": asynchronous}
+    with pytest.raises(CheckpointError, match="No such file or directory"):  # noqa: PT012
+        for _ in steps_of(tmp_path, steps=100_000, checkpoint=every, recovery={"storage_patience_s": 0.3}):
+            assert not (away.exists() and (tmp_path / "run").exists())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_failed_is_tried_again_before_the_next_is_due(tmp_path: Path) -> None:
