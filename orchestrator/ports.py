@@ -109,6 +109,10 @@ class Membership(Protocol):
         """The group at hand cannot go on: a member of it is gone."""
         ...
 
+    def received(self, view: View, carried: Mapping[str, Any]) -> None:
+        """This process has all that the others of ``view`` know, and can go on without them; see ``formed``."""
+        ...
+
     def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         """This process now trains in ``view``; ``carried`` is the furthest that any ``carry`` gave."""
         ...

@@ -143,9 +143,18 @@ class Injector:
                     self._nodes.append(self._cluster.add_node(num_cpus=1))
 
     def _signal(self, number: signal.Signals, place: float) -> None:
-        self._until(lambda: bool(self._alive()))  # who has just become another rank says so in its next step
-        pids = self._alive()
-        os.kill(pids[int(place * len(pids))], number)
+        """One of those that train, wherever they are in changing."""
+
+        def sent() -> bool:
+            pids = self._alive()  # who has just become another rank says so in its next step
+            if len(pids) < self._last("world_size"):
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[int(place * len(pids))], number)
+                return True
+            return False
+
+        self._until(sent, patience_s=_PATIENCE_S)
 
     def _alive(self) -> list[int]:
         """The processes that train at present, by rank."""

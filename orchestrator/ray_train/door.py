@@ -21,6 +21,7 @@ class Standing:
     """What the controller sees of a worker."""
 
     generation: int  # of the group that it trains in; -1 before the first
+    received: int  # the newest group whose state it has; it may train in it soon
     reports: int  # made by each worker when that group was formed
     ready: bool  # to join
     broken: int  # the generation of the newest group that it found broken; -1: none
@@ -42,6 +43,7 @@ class Door:
         self._changed = threading.Condition()
         self._view: View | None = None
         self._generation = -1
+        self._received = -1
         self._reports = 0
         self._ready = False
         self._broken, self._why = -1, ""
@@ -72,6 +74,10 @@ class Door:
         self._why, self._broken = why, self._generation
         self.beat(waits=True)  # for the controller, and then for those who are left
 
+    def received(self, view: View, carried: Mapping[str, Any]) -> None:
+        with self._changed:
+            self._received, self._reports = view.generation, carried["reports"]
+
     def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         # Imported where groups change, and only there: a run whose Ray has them elsewhere never comes here.
         from ray.train.torch.config import _set_torch_distributed_env_vars
@@ -93,8 +99,9 @@ class Door:
             if self._generation < 0 or view.lost is not None:
                 context.report_call_index = context.current_report_index = carried["reports"]
                 context.collective_seq = carried["collectives"]
+        self.received(view, carried)
         with self._changed:
-            self._reports, self._generation = carried["reports"], view.generation
+            self._generation = view.generation
         if self._beats:  # else training has yet to begin
             self.beat(waits=False)
 
@@ -127,6 +134,7 @@ class Door:
         with self._changed:
             return Standing(
                 generation=self._generation,
+                received=self._received,
                 reports=self._reports,
                 ready=self._ready,
                 broken=self._broken,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,7 @@ class LiveWorkerGroup(WorkerGroup):
         view = self._view
         if view is None or not self.is_changing:
             return
-        formed = self._formed(view)
+        formed = [one for one in self._heard(view) if one.generation >= view.generation]
         if len(formed) == len(view.members):
             self._install(view, reports=formed[0].reports)
         elif self._zero_has_left(view):
@@ -275,6 +276,8 @@ class LiveWorkerGroup(WorkerGroup):
         self._install_if_begun()  # those who have just joined may be the ones that are gone
         workers = list(self.get_workers())
         results: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
+        if self.is_changing and all(isinstance(result.error, _GONE) for result in results) and self._is_handed_over():
+            results = super()._poll_workers_and_collect_errors(timeout)
         self.alarm.clear()
         if self._fewest is None:
             return self._with_whole_reports(results)
@@ -322,15 +325,25 @@ class LiveWorkerGroup(WorkerGroup):
         self._drop_cohort(view.lost or "")
 
     def _install_if_begun(self) -> None:
-        """A view that some have formed already is in force, though not all have said so."""
+        """A view is in force once one of its members has all that the others know, though not all have formed it."""
         view = self._view
-        if view is not None and self.is_changing and (formed := self._formed(view)):
-            self._install(view, reports=formed[0].reports)
+        if view is not None and self.is_changing:
+            begun = [one for one in self._heard(view) if one.received >= view.generation]
+            if begun:
+                self._install(view, reports=begun[0].reports)
 
-    def _formed(self, view: View) -> list[Standing]:
-        """What those of its members say who train in ``view`` already."""
+    def _is_handed_over(self) -> bool:
+        """Nobody is left of those who trained: whether newcomers got all that they knew before; it is then in force."""
+        end_s = time.monotonic() + _ANSWER_S
+        while self.is_changing and time.monotonic() < end_s:
+            self._install_if_begun()
+            time.sleep(_SOON_S / 5)
+        return not self.is_changing
+
+    def _heard(self, view: View) -> list[Standing]:
+        """What the members of ``view`` say who answer."""
         standings = self._standings([self._workers_by_member[member] for member in view.members])
-        return [one for one in standings.values() if one is not None and one.generation >= view.generation]
+        return [one for one in standings.values() if one is not None]
 
     def _without_notices(self, results: list[WorkerStatus]) -> list[WorkerStatus]:
         """Ray Train would start all workers again because a node goes; where others are left, they go on instead."""

@@ -257,7 +257,9 @@ class Regrouping:
         self._live_state.spread(source=source, behind=behind)
         if behind or own.told < furthest.told:
             self._history.remember_live(given.memory, joins=own.joins)
+        carried = max((one.carried for one in standings), key=lambda one: tuple(one.values()))
         self._got = furthest.point, given
+        self._membership.received(view, carried)
         self._replica.wrap(alike=True)
         change = Regroup(
             before=before or len(stay),
@@ -281,7 +283,7 @@ class Regrouping:
         )
         self._boundary.go_on_in_another_group(given.asked)
         self.goal = furthest.point
-        self._membership.formed(view, max((one.carried for one in standings), key=lambda one: tuple(one.values())))
+        self._membership.formed(view, carried)
 
     def _give(self, *, since: int, in_part: list[FinishedStep]) -> _Given:
         if self._got is not None:  # the course goes by it only once a group stands

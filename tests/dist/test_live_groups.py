@@ -80,6 +80,8 @@ class Told:
         if self._store.add(f"broken {self._generation}", 1) == 1:
             self.next()
 
+    def received(self, view: View, carried: Mapping[str, Any]) -> None: ...
+
     def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         self.joins, self._generation = False, view.generation
         if view.generation == self.fails_in:

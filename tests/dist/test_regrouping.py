@@ -65,6 +65,8 @@ class FileMembership:
     def broken(self, why: str) -> None:
         self._say("broken", str(self._generation))
 
+    def received(self, view: View, carried: Mapping[str, Any]) -> None: ...
+
     def formed(self, view: View, carried: Mapping[str, Any]) -> None:
         self._generation = view.generation
         self._say("formed", str(view.generation))

@@ -10,7 +10,7 @@ import ray
 from orchestrator.ray_train.door import Door, Standing
 
 TRAINS = Standing(
-    generation=0, reports=0, ready=False, broken=-1, why="", left=False, beats=3, quiet_s=9.0, waits=False
+    generation=0, received=0, reports=0, ready=False, broken=-1, why="", left=False, beats=3, quiet_s=9.0, waits=False
 )
 
 
