@@ -69,6 +69,7 @@ class Door:
 
     def ready(self) -> None:
         self._ready = True
+        self.beat(waits=True)  # for the others to take it in
 
     def broken(self, why: str) -> None:
         self._why, self._broken = why, self._generation
