@@ -51,12 +51,15 @@ class BrainHost:
         take_resize_cost_s: Callable[[], float | None],
         notes: tuple[Mapping[str, Any], ...],
         delay_s: float = 0.0,
-        goes_on: LocalBrain | None = None,
+        goes_on: BrainHost | None = None,
         gone: Callable[[], None] = lambda: None,
     ) -> None:
-        """``goes_on`` is the controller of a rank zero in whose place another one is; ``gone`` is called when the
-        worker does not answer."""
-        self.brain = LocalBrain(config) if goes_on is None else goes_on
+        """``goes_on`` is the host of the rank zero before, which has the controller; ``gone`` is called when the worker
+        does not answer."""
+        self.brain: LocalBrain = LocalBrain(config) if goes_on is None else goes_on.brain
+        self._thinking: threading.Lock = (
+            threading.Lock() if goes_on is None else goes_on._thinking
+        )  # one host at a time
         self._gone = gone
         self._call = call
         self._take_resize_cost_s = take_resize_cost_s
@@ -90,8 +93,12 @@ class BrainHost:
             self._injected.append(WorkersMissing(present=present))
             self._queued.append(Commands(notes=(note,)))
 
-    def close(self) -> None:
+    def close(self) -> tuple[Mapping[str, Any], ...]:
+        """Serve no longer; the notes that did not reach the worker."""
         self._closed.set()
+        with self._lock:
+            waiting = [delivery for delivery in self._queued if isinstance(delivery, Commands)]
+            return sum((commands.notes for commands in waiting), start=())
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -99,13 +106,16 @@ class BrainHost:
                 deliveries, self._queued = tuple(self._queued), []
                 injected, self._injected = self._injected, []
             if self.begun and injected:
-                for event in injected:
-                    self.brain.post(event)
-                self._want()
+                with self._thinking:
+                    for event in injected:
+                        self.brain.post(event)
+                    self._want()
             try:
                 drained = self._call(exchange, deliveries)
             except Exception as error:  # the worker is gone; Ray Train's own poll finds out and says why
                 logger.info("rank zero does not answer: %s", error)
+                with self._lock:
+                    self._queued[:0] = deliveries
                 self._gone()
                 return
             if drained is None:
@@ -114,9 +124,10 @@ class BrainHost:
             if drained.broken:
                 self._gone()
             try:
-                for message in drained.messages:
-                    self._take(message)
-                self._pass_on()
+                with self._thinking:
+                    for message in drained.messages:
+                        self._take(message)
+                    self._pass_on()
             except Exception as error:  # the scaling policy raises it in the controller's own loop
                 self.error = error
                 return

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +28,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import Worker as RayWorker
+from ray.util.placement_group import PlacementGroup
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from orchestrator.ports import Place, View
@@ -89,19 +90,17 @@ class LiveWorkerGroup(WorkerGroup):
     def _create_workers(self, num_workers: int, placement_group: Any, *args: Any, **kwargs: Any) -> list[RayWorker]:
         """One in each slot; ``placement_group`` is the first of them."""
         assert self._slots is not None, "the slots were made first"
-        groups = self._slots.groups[-num_workers:]
+        return self._create_in(self._slots.groups, first_rank=0, world_size=num_workers)
+
+    def _create_in(self, groups: Sequence[PlacementGroup], *, first_rank: int, world_size: int) -> list[RayWorker]:
         resources = self._worker_group_context.resources_per_worker
         create = super()._create_workers
-        with ThreadPoolExecutor(num_workers) as pool:
+        with ThreadPoolExecutor(len(groups)) as pool:
             created = list(pool.map(lambda group: create(1, group, resources)[0], groups))
         for worker, group in zip(created, groups, strict=True):
             self._slot_of[member_of(worker)] = group
             self._workers_by_member[member_of(worker)] = worker
-        started = WorkerGroup._assign_worker_ranks(
-            created,
-            starting_world_rank=kwargs.get("starting_world_rank", 0),
-            world_size=kwargs.get("world_size"),
-        )
+        started = WorkerGroup._assign_worker_ranks(created, starting_world_rank=first_rank, world_size=world_size)
         return list(started)
 
     def open(self) -> None:
@@ -156,8 +155,8 @@ class LiveWorkerGroup(WorkerGroup):
         """Start workers in ``slots`` and let them warm up. Called from the cohort's thread."""
         assert self._slots is not None, "the group was started"
         self._slots.add(slots)
-        number, now = len(slots.groups), len(self.get_workers())
-        workers = self._create_workers(number, slots.groups[0], starting_world_rank=now, world_size=now + number)
+        now = len(self.get_workers())
+        workers = self._create_in(slots.groups, first_rank=now, world_size=now + len(slots.groups))
         self._init_train_context(workers, self.get_worker_group_state().sync_actor)
         # Ray's report handler would forget what it has of the others.
         callbacks = [cb for cb in self._replica_group_callbacks if not isinstance(cb, ReportCallbackHandler)]
@@ -171,7 +170,8 @@ class LiveWorkerGroup(WorkerGroup):
         Newcomers are told of it; the others hear of it from rank zero, at the boundary where they agree.
         """
         stay = [worker for worker in self.get_workers() if worker.metadata.node_id not in self._being_taken]
-        stay, come = stay[:number], []
+        stay = [stay[i] for i in who_stays([worker.metadata.node_id for worker in stay], number)]
+        come: list[RayWorker] = []
         if self._cohort is not None:
             come = self._cohort.workers[: number - len(stay)]
         view = self._view_of([*stay, *come])
@@ -417,7 +417,7 @@ class LiveWorkerGroup(WorkerGroup):
         still = []
         for worker, looks in self._leaving:
             status = self._standings([worker])[member_of(worker)]
-            if status is None or status.left or looks >= _LOOKS:
+            if (status is not None and status.left) or looks >= _LOOKS:
                 self._end(worker)
             else:
                 still.append((worker, looks + 1))
@@ -475,6 +475,15 @@ def member_of(worker: RayWorker) -> str:
 def _obituary(worker: RayWorker) -> str:
     where = f"process {worker.metadata.pid} on node {worker.metadata.node_ip}"
     return f"the worker of rank {worker.distributed_context.world_rank} is gone ({where})"
+
+
+def who_stays(nodes: Sequence[str], number: int) -> list[int]:
+    """Which ``number`` of the workers on these ``nodes``, by their places: so that nodes get empty and can be given
+    back, and rank zero, which is the first, stays where it is."""
+    crowd = Counter(nodes)
+    first = {node: nodes.index(node) for node in crowd}
+    kept = sorted(range(len(nodes)), key=lambda i: (first[nodes[i]] != 0, -crowd[nodes[i]], first[nodes[i]], i))
+    return sorted(kept[:number])
 
 
 def places_of(workers: Sequence[RayWorker]) -> tuple[Place, ...]:

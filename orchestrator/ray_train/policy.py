@@ -24,7 +24,6 @@ from orchestrator.ports import Commands
 from orchestrator.ray_train.host import BrainHost
 from orchestrator.ray_train.metrics import FleetMetrics
 from orchestrator.ray_train.resources import Request, Reserved, reserved_now
-from orchestrator.runtime.brain import LocalBrain
 
 if TYPE_CHECKING:
     from orchestrator.ray_train.live_group import LiveWorkerGroup
@@ -149,9 +148,9 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
         host.command(Commands(regroup=view))
         zero = group.member(view.members[0])
         if zero.actor != self._zero:
-            self._heir = zero.actor, self._host_of(zero, goes_on=host.brain)
+            self._heir = zero.actor, self._host_of(zero, goes_on=host)
 
-    def _host_of(self, zero: Any, *, goes_on: LocalBrain | None) -> BrainHost:
+    def _host_of(self, zero: Any, *, goes_on: BrainHost | None) -> BrainHost:
         notes, self._notes = tuple(self._notes), []
         return BrainHost(
             self._config,
@@ -237,7 +236,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
     def _meet_group(self, state: Any) -> BrainHost:
         zero = state.workers[0].actor
         if self._host is None or self._group_start != state.start_time or self._zero != zero:
-            goes_on = self._host.brain if self._host is not None and self._group_start == state.start_time else None
+            goes_on = self._host if self._group_start == state.start_time else None
             heir, self._heir = self._heir, None
             self._leave_group()
             self._group_start, self._zero = state.start_time, zero
@@ -245,7 +244,7 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
                 self._host = heir[1]
             else:
                 if heir is not None:
-                    heir[1].close()
+                    self._notes += heir[1].close()
                 self._host = self._host_of(state.workers[0], goes_on=goes_on)
         return self._host
 
@@ -255,10 +254,10 @@ class AdaptiveScalingPolicy(ElasticScalingPolicy):
 
     def _leave_group(self) -> None:
         if self._host is not None:
-            self._host.close()
+            self._notes += self._host.close()
             self._host = None
         if self._heir is not None:
-            self._heir[1].close()
+            self._notes += self._heir[1].close()
             self._heir = None
         self._hold_to = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, final
@@ -17,6 +18,7 @@ class Slots(PlacementGroupHandle):
 
     def __init__(self, groups: Sequence[PlacementGroup]) -> None:
         self.groups = list(groups)
+        self._changing = threading.Lock()  # newcomers are started in a thread of their own
 
     @staticmethod
     def asked(
@@ -47,14 +49,17 @@ class Slots(PlacementGroupHandle):
         return len(there) == len(waiting)
 
     def add(self, more: Slots) -> None:
-        self.groups += more.groups
+        with self._changing:
+            self.groups += more.groups
 
     def give_back(self, group: PlacementGroup) -> None:
         """One whose worker has gone."""
-        self.groups = [one for one in self.groups if one.id != group.id]
+        with self._changing:
+            self.groups = [one for one in self.groups if one.id != group.id]
         remove_placement_group(group)
 
     def shutdown(self) -> None:
-        for group in self.groups:
+        with self._changing:
+            groups, self.groups = self.groups, []
+        for group in groups:
             remove_placement_group(group)
-        self.groups = []

@@ -21,6 +21,7 @@ from orchestrator.runtime.ledger import verify
 from tests.benchmarks.resizing import MICRO, Times, operated, ray_cluster, settings
 
 KILLS = 10
+RESTARTS = 3
 
 
 @pytest.mark.benchmark
@@ -64,3 +65,32 @@ def test_the_others_go_on_at_once(tmp_path: Path) -> None:
     assert not any(row["checkpoint"] for row in resumed), "no checkpoint was needed"
     # Two are left of each broken step, and they alone have begun it twice.
     assert again <= 2 * KILLS
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(900)
+def test_where_nobody_is_left_the_run_goes_on_from_its_checkpoint_soon(tmp_path: Path) -> None:
+    killed: list[float] = []
+
+    def operate(run: Path, times: Times) -> None:
+        for _ in range(RESTARTS):
+            times.wait_for(2, steps=15)
+            pids = [times.pid_of(rank) for rank in range(2)]
+            killed.append(time.monotonic())
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(1.0)  # what they had taken until then
+        times.wait_for(2, steps=15)
+
+    workers = {"resize": "live", "initial": 2, "max": 2}
+    batch = {"initial": 2 * MICRO, "micro_batch": MICRO, "max": 2 * MICRO}
+    every = {"every_samples": 20 * 2 * MICRO}
+    with ray_cluster(4):
+        times = operated(settings(tmp_path, workers=workers, batch=batch, checkpoint=every), operate)
+    took = [min(one.at_s for one in times.of_rank_zero if one.at_s > at_s + 1.0) - at_s for at_s in killed]
+    print(f"\nfrom the kill of all to the next step taken: {', '.join(f'{one:.1f}' for one in took)} s")
+    assert max(took) < 20.0
+    report = verify(tmp_path / "run")
+    assert report.violation is None, report.text
+    resumed = [row for row in folder.rows(tmp_path / "run" / folder.EVENTS) if row["kind"] == "resumed"]
+    assert sum(bool(row["checkpoint"]) for row in resumed) == RESTARTS

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.ports import Place, View
 from orchestrator.ray_train import live_group
-from orchestrator.ray_train.live_group import LiveWorkerGroup
+from orchestrator.ray_train.live_group import LiveWorkerGroup, who_stays
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,19 @@ def test_the_next_rank_zero_is_met_as_soon_as_the_one_before_it_has_handed_over(
     monkeypatch.setattr(LiveWorkerGroup, "_install", lambda self, view, *, reports: found.append(view.generation))
     group._install_formed()
     assert found == [1] * installed
+
+
+@pytest.mark.parametrize(
+    ("nodes", "number", "stay"),
+    [
+        ("aabb", 4, [0, 1, 2, 3]),
+        ("aabb", 2, [0, 1]),
+        ("abab", 2, [0, 2]),  # and not one on each
+        ("abbb", 3, [0, 1, 2]),
+        ("abcbc", 3, [0, 1, 3]),
+        ("abcc", 3, [0, 2, 3]),
+        ("abc", 1, [0]),
+    ],
+)
+def test_workers_go_so_that_nodes_get_empty_and_rank_zero_stays(nodes: str, number: int, stay: list[int]) -> None:
+    assert who_stays(nodes, number) == stay
