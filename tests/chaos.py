@@ -1,6 +1,6 @@
 """Faults in mid-run on a Ray cluster of several nodes on one machine, drawn by seed and injected at given samples.
 
-``python -m tests.chaos RUN.YAML SEED ROUNDS`` trains the run while it injects ``ROUNDS`` rounds of the five kinds of
+``python -m tests.chaos RUN.YAML SEED ROUNDS`` trains the run while it injects ``ROUNDS`` rounds of five kinds of
 fault, in a process of its own: two clusters in one confuse each other. Positions are samples, so that the schedule is
 the same wherever it is run; a fault waits until the one before it is over, that is until workers join again or the
 fleet is as large as its nodes allow.
@@ -28,6 +28,7 @@ from torch import nn
 
 from orchestrator.config import RunConfig, load_config, to_yaml
 from orchestrator.runtime import folder
+from orchestrator.runtime.control_requests import write_request
 from orchestrator.runtime.export import export_weights
 from orchestrator.runtime.ledger import verify
 from orchestrator.runtime.worker import local_worker
@@ -37,13 +38,14 @@ from tests.support import config
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 3
-KINDS = ("kill", "hang", "remove", "add", "kill after join")
+KINDS = ("kill", "hang", "remove", "add", "kill after join", "kill after leave")  # the last two by turns
+FAULTS_A_ROUND = 5
 FIRST_SAMPLES = 600
 APART_SAMPLES = 1600
 AFTER_SAMPLES = 2400  # for the last fault to be over before the run is
 _PATIENCE_S = 90.0
 
-Kind = Literal["kill", "hang", "remove", "add", "kill after join"]
+Kind = Literal["kill", "hang", "remove", "add", "kill after join", "kill after leave"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +61,11 @@ class Fault:
 
 
 def schedule(seed: int, *, rounds: int) -> list[Fault]:
-    """Each round has every kind once, in an order drawn; a node comes back within the round that took it away."""
+    """Each round has five kinds once, in an order drawn; a node comes back within the round that took it away."""
     draws = random.Random(seed)
     faults: list[Fault] = []
-    for _ in range(rounds):
-        kinds: list[Any] = list(KINDS)
+    for number in range(rounds):
+        kinds: list[Any] = [*KINDS[:4], KINDS[4 + number % 2]]
         draws.shuffle(kinds)
         there = sorted((kinds.index("remove"), kinds.index("add")))
         kinds[there[0]], kinds[there[1]] = "remove", "add"  # so that there is always room for two workers
@@ -75,7 +77,7 @@ def schedule(seed: int, *, rounds: int) -> list[Fault]:
 
 def chaos_config(path: Path, *, rounds: int, step_s: float, **workers: Any) -> RunConfig:
     """The same weights in the end whatever ``workers`` are asked for and however long a micro-batch takes."""
-    samples = FIRST_SAMPLES + rounds * len(KINDS) * APART_SAMPLES + AFTER_SAMPLES
+    samples = FIRST_SAMPLES + rounds * FAULTS_A_ROUND * APART_SAMPLES + AFTER_SAMPLES
     (path / "pids").mkdir(parents=True, exist_ok=True)
     return config(
         path,
@@ -127,12 +129,14 @@ class Injector:
             if self._over():
                 raise AssertionError(f"the run ended before this could be injected: {fault}")
             if fault.kind == "kill after join":
-                self._signal(signal.SIGKILL, fault.place)  # one goes, so that another one joins
-                joined = self._joins()
-                self._until(lambda joined=joined: self._joins() > joined, patience_s=_PATIENCE_S)
+                # One goes, so that another one joins.
+                self._until_more(self._joins, after=lambda fault=fault: self._signal(signal.SIGKILL, fault.place))
+            elif fault.kind == "kill after leave":
+                self._until_more(self._leaves, after=lambda: self._cap(self._last("world_size") - 1))
+                self._cap(None)
             print(f"{time.strftime('%X')} {self._last('samples_seen')} samples: {fault}", flush=True)
             match fault.kind:
-                case "kill" | "kill after join":
+                case "kill" | "kill after join" | "kill after leave":
                     self._signal(signal.SIGKILL, fault.place)
                 case "hang":
                     self._signal(signal.SIGSTOP, fault.place)
@@ -166,9 +170,22 @@ class Injector:
                     found.append(pid)
         return found
 
+    def _cap(self, workers: int | None) -> None:
+        write_request(self._run, "cap", caps={"max_workers": workers}, timeout_s=_PATIENCE_S)
+
     def _joins(self) -> int:
-        rows = folder.rows(self._run / folder.EVENTS)
-        return sum(row["kind"] == "resize" and row["to_workers"] > row["from_workers"] for row in rows)
+        return sum(row["to_workers"] > row["from_workers"] for row in self._resizes())
+
+    def _leaves(self) -> int:
+        return sum(row["to_workers"] < row["from_workers"] for row in self._resizes())
+
+    def _resizes(self) -> list[dict[str, Any]]:
+        return [row for row in folder.rows(self._run / folder.EVENTS) if row["kind"] == "resize"]
+
+    def _until_more(self, count: Callable[[], int], *, after: Callable[[], None]) -> None:
+        before = count()
+        after()
+        self._until(lambda: count() > before, patience_s=_PATIENCE_S)
 
     def _last(self, key: str) -> Any:
         rows = list(folder.rows(self._run / folder.METRICS))

@@ -12,26 +12,31 @@ from typing import Any, final
 import ray.train.v2.api.data_parallel_trainer as seat
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
 
 from orchestrator.ray_train.live_group import LiveWorkerGroup
 from orchestrator.ray_train.policy import AdaptiveScalingPolicy
-from orchestrator.ray_train.preemption import PinnedPreemptionCallback
+from orchestrator.ray_train.preemption import PreemptionWatch
 
 _LOOK_EVERY_S = 0.02
 
 
 class Controller(TrainController):
-    """Ray Train's, with all that it starts on its own node."""
+    """Ray Train's, without the two processes that it starts for every worker group, and again where that changes.
+
+    One hands out shards of Ray data sets, which are none here; the other watches for notices, which this process does.
+    """
 
     _worker_group_callbacks_to_propagate: list[Any]
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self._worker_group_callbacks_to_propagate = [
-            PinnedPreemptionCallback() if isinstance(callback, PreemptionCallback) else callback
+            PreemptionWatch() if isinstance(callback, PreemptionCallback) else callback
             for callback in self._worker_group_callbacks_to_propagate
+            if not (isinstance(callback, DatasetsCallback) and not callback._datasets)
         ]
 
 

@@ -1,19 +1,22 @@
-"""Ray Train's watch over notices that nodes are given, on the controller's node.
+"""Ray Train's watch over notices that nodes are given, in the controller's own process.
 
-Ray starts it on any node, where it keeps that one busy: an autoscaler would never take it back, used or not.
+Ray starts it as an actor on any node, where it keeps that one busy: an autoscaler would never take it back, used or
+not. It is also started anew whenever the workers change, which would take a second of the processor each time, just
+when training waits for as little as possible.
 """
 
 from __future__ import annotations
 
 from typing import Any, final
 
-import ray
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 
 
 @final
-class PinnedPreemptionCallback(PreemptionCallback):
+class PreemptionWatch(PreemptionCallback):
+    _watcher: PreemptionWatcher | None
+
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._stop_watcher()
         ranks: dict[str, list[int]] = {}
@@ -22,8 +25,11 @@ class PinnedPreemptionCallback(PreemptionCallback):
             rank = worker.distributed_context.world_rank
             actors[rank] = worker.actor
             ranks.setdefault(worker.metadata.node_id, []).append(rank)
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        pinned = ray.remote(PreemptionWatcher).options(num_cpus=0, max_restarts=-1, label_selector=here)
-        self._watcher = pinned.remote(
+        self._watcher = PreemptionWatcher(
             node_to_ranks=ranks, worker_actors_by_rank=actors, poll_interval_s=self._poll_interval_s
         )
+
+    def _stop_watcher(self) -> None:
+        if self._watcher is not None:
+            self._watcher._stop_event.set()  # its thread ends at its next look
+            self._watcher = None

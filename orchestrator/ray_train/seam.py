@@ -156,6 +156,7 @@ RELIED_ON: tuple[Relied, ...] = (
     ),
     Relied(module=f"{_EXECUTION}.context", name="ExecutionContext", fields=("result_queue",)),
     Relied(module=f"{_EXECUTION}.context", name="get_train_context", parameters=()),
+    Relied(module=f"{_V2}.callbacks.datasets", name="DatasetsCallback", fields=("_datasets",)),
     Relied(
         module=f"{_V2}.callbacks.preemption_callback",
         name="PreemptionCallback",
@@ -166,6 +167,8 @@ RELIED_ON: tuple[Relied, ...] = (
         module=f"{_EXECUTION}.preemption",
         name="PreemptionWatcher",
         methods={"__init__": ("node_to_ranks", "poll_interval_s", "worker_actors_by_rank")},
+        fields=("_stop_event",),
+        uses={"_watch_loop": ("_stop_event",)},
     ),
     Relied(module=f"{_V2}.exceptions", name="WorkerHealthCheckFailedError"),
     Relied(module=f"{_V2}.exceptions", name="WorkerHealthCheckTimeoutError"),

@@ -1,4 +1,5 @@
-"""Fifty faults by seed, ten of each kind: a run that finishes with the weights of one left in peace.
+"""Fifty faults by seed, at least ten each of kills, hangs, nodes that go and nodes that come: the weights are those of
+a run left in peace.
 
 Run with -s to see the schedule and what became of each fault.
 """

@@ -215,7 +215,7 @@ def test_a_path_that_goes_away_within_a_save_does_not_come_back_empty(
 
 def test_a_checkpoint_that_failed_is_tried_again_before_the_next_is_due(tmp_path: Path) -> None:
     place = tmp_path / "run" / "checkpoints"
-    every = {"checkpoint": {"every_samples": 100 * BATCH}, "recovery": {"storage_patience_s": 1.0}}
+    every = {"checkpoint": {"every_samples": 100 * BATCH}, "recovery": {"storage_patience_s": 8.0}}
     for session in steps_of(tmp_path, steps=100_000, **every):
         if session.step_number == 1:
             place.write_text("something else")
