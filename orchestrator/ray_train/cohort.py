@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, final
 
 from ray.train.v2._internal.execution.worker_group.worker import Worker as RayWorker
 
-from orchestrator.ray_train.door import Standing
+from orchestrator.ray_train.asking import dead, standings
 from orchestrator.ray_train.slots import Slots
 
 
@@ -37,12 +37,8 @@ class Cohort:
         self._thread = threading.Thread(target=self._run, name="groundswell-newcomers", daemon=True)
         self._thread.start()
 
-    def is_ready(
-        self,
-        standings: Callable[[Sequence[RayWorker]], Mapping[str, Standing | None]],
-        dead: Callable[[Sequence[RayWorker]], Sequence[RayWorker]],
-    ) -> bool:
-        """Whether all have warmed up. One that imports or compiles may not answer for a while, and is not dead."""
+    def is_ready(self) -> bool:
+        """Whether all have warmed up."""
         if not self._started:
             return False
         found = standings(self.workers)

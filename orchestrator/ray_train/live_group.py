@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,17 +31,19 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker as RayWo
 from ray.util.placement_group import PlacementGroup
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from orchestrator.ports import Place, View
+from orchestrator.ports import View
+from orchestrator.ray_train.asking import ANSWER_S, dead, heard, standings, tell_all
 from orchestrator.ray_train.cohort import Cohort
-from orchestrator.ray_train.door import Standing, standing, tell
-from orchestrator.ray_train.reports import Reports
+from orchestrator.ray_train.door import Standing, tell
+from orchestrator.ray_train.places import context_fields, member_of, obituary, places_of, who_stays
+from orchestrator.ray_train.reports import Reports, handed_on
 from orchestrator.ray_train.slots import Slots
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SOON_S = 0.25
-_ANSWER_S = 2.0  # for a worker's actor, which runs beside its training
+_LOOKS = 10  # after those who are to end, before they are ended
 _GONE = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 
 
@@ -129,7 +131,7 @@ class LiveWorkerGroup(WorkerGroup):
     def newcomers(self) -> int:
         """How many have warmed up and may be taken in."""
         cohort = self._cohort
-        return len(cohort.workers) if cohort is not None and cohort.is_ready(self._standings, self._dead) else 0
+        return len(cohort.workers) if cohort is not None and cohort.is_ready() else 0
 
     @property
     def preempted(self) -> int:
@@ -176,8 +178,7 @@ class LiveWorkerGroup(WorkerGroup):
             come = self._cohort.workers[: number - len(stay)]
         view = self._view_of([*stay, *come])
         self._view = view
-        for worker in come:
-            worker.execute_async(tell, view)
+        tell_all(come, view)
         return view
 
     def member(self, name: str) -> RayWorker:
@@ -207,7 +208,7 @@ class LiveWorkerGroup(WorkerGroup):
         """Whether rank zero goes in ``view``, and has handed over; nobody comes then."""
         zero = self.get_workers()[0]
         stays = member_of(zero) in view.members
-        one = None if stays else self._standings([zero])[member_of(zero)]
+        one = None if stays else standings([zero])[member_of(zero)]
         return one is not None and one.left
 
     def _install(self, view: View, *, reports: int) -> None:
@@ -217,7 +218,7 @@ class LiveWorkerGroup(WorkerGroup):
         world_size = len(workers)
         for rank, (worker, place) in enumerate(zip(workers, view.places, strict=True)):
             worker.distributed_context = replace(
-                worker.distributed_context, world_rank=rank, world_size=world_size, **_fields(place)
+                worker.distributed_context, world_rank=rank, world_size=world_size, **context_fields(place)
             )
         polls = {id(before[rank]): poll for rank, poll in self._world_rank_to_ongoing_poll.items()}
         self._callback(ReportCallbackHandler)._training_report_queues = [deque() for _ in workers]
@@ -244,68 +245,45 @@ class LiveWorkerGroup(WorkerGroup):
             self._cohort = None
         logger.info("%d workers train now, and %d did before", world_size, len(before))
 
-    # What workers report
-
-    def _with_whole_reports(self, results: list[WorkerStatus]) -> list[WorkerStatus]:
-        """Hand on the next report that every worker has made, and nothing of one that only some have."""
-        workers = self.get_workers()
-        for worker, result in zip(workers, results, strict=True):
-            if result.training_report is not None:
-                self._reports.take(member_of(worker), result.training_report.number, result.training_report)
-        handler, manager = self._callback(ReportCallbackHandler), self._callback(CheckpointManager)
-        # Where the nodes of some are taken, and the others cannot go on without them, Ray waits for the others alone.
-        ranks = handler._get_required_ranks()
-        whole = self._reports.whole([member_of(workers[rank]) for rank in ranks])
-        results = [replace(result, training_report=None) for result in results]
-        if whole is None:
-            return results
-        number, reports = whole
-        manager._current_report_index = number - 1  # it counts on by one, and not those that were left out
-        for rank, report in zip(ranks, reports, strict=True):
-            # It is not over before all reports were handed on, of which there is one at a time.
-            results[rank] = replace(results[rank], training_report=report or _blank(), running=True)
-        return results
-
-    def _callback(self, kind: type[T]) -> T:
-        return next(callback for callback in self._callbacks if isinstance(callback, kind))
-
     # What goes wrong
 
     def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[WorkerStatus]:
-        """Without those that the others go on without."""
+        """Without those that the others go on without, and with the reports that all have made."""
         self._install_if_begun()  # those who have just joined may be the ones that are gone
-        workers = list(self.get_workers())
         results: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
         if self.is_changing and all(isinstance(result.error, _GONE) for result in results) and self._is_handed_over():
             results = super()._poll_workers_and_collect_errors(timeout)
         self.alarm.clear()
-        if self._fewest is None:
-            return self._with_whole_reports(results)
-        gone = {rank for rank, result in enumerate(results) if isinstance(result.error, _GONE)}
-        left = [rank for rank in range(len(workers)) if rank not in gone]
-        if (
-            gone
-            and len(left) >= self._fewest
-            and all(results[rank].error is None and results[rank].running for rank in left)
-        ):
-            self._go_on_without([workers[rank] for rank in gone], results)
-            results = [results[rank] for rank in left]
-        return self._with_whole_reports(self._without_notices(results))
+        if self._fewest is not None:
+            results = self._without_notices(self._without_the_gone(results, fewest=self._fewest))
+        return handed_on(
+            self._reports,
+            [member_of(worker) for worker in self.get_workers()],
+            results,
+            handler=self._callback(ReportCallbackHandler),
+            manager=self._callback(CheckpointManager),
+        )
 
-    def _go_on_without(self, gone: Sequence[RayWorker], results: Sequence[WorkerStatus]) -> None:
+    def _without_the_gone(self, results: list[WorkerStatus], *, fewest: int) -> list[WorkerStatus]:
+        gone = {rank for rank, result in enumerate(results) if isinstance(result.error, _GONE)}
+        left = [result for rank, result in enumerate(results) if rank not in gone]
+        if not gone or len(left) < fewest or not all(result.error is None and result.running for result in left):
+            return results
+        workers = self.get_workers()
+        self._go_on_without([workers[rank] for rank in sorted(gone)])
+        return left
+
+    def _go_on_without(self, gone: Sequence[RayWorker]) -> None:
         """Tell those that are left that they are the group now."""
-        self._install_if_begun()
         for worker in gone:
             self._end(worker)
         self.lost += len(gone)
         left = [worker for worker in self.get_workers() if worker not in gone]
-        view = replace(self._view_of(left), lost=", and ".join(map(_obituary, gone)))
-        self._view = view
-        self._install(view, reports=0)
+        self._view = replace(self._view_of(left), lost=obituary(gone))
+        self._install(self._view, reports=0)
         self._release_reports()
         self._leaving = [(worker, looks) for worker, looks in self._leaving if worker not in gone]
-        for worker in [*left, *([] if self._cohort is None else self._cohort.workers)]:
-            worker.execute_async(tell, view)
+        tell_all([*left, *([] if self._cohort is None else self._cohort.workers)], self._view)
 
     def _release_reports(self) -> None:
         """Those who wait in a report for one that will not come go on without it."""
@@ -313,16 +291,11 @@ class LiveWorkerGroup(WorkerGroup):
 
     def _give_up_on_dead_newcomers(self) -> None:
         """Those who wait for one that died before it joined go on as they were."""
-        if self._cohort is None or not self.is_changing:
+        if self._cohort is None or not self.is_changing or not (gone := dead(self._cohort.workers)):
             return
-        dead = self._dead(self._cohort.workers)
-        if not dead:
-            return
-        view = replace(self._view_of(self.get_workers()), lost=", and ".join(map(_obituary, dead)))
-        self._view = view
-        for worker in self.get_workers():
-            worker.execute_async(tell, view)
-        self._drop_cohort(view.lost or "")
+        self._view = replace(self._view_of(self.get_workers()), lost=obituary(gone))
+        tell_all(self.get_workers(), self._view)
+        self._drop_cohort(obituary(gone))
 
     def _install_if_begun(self) -> None:
         """A view is in force once one of its members has all that the others know, though not all have formed it."""
@@ -334,7 +307,7 @@ class LiveWorkerGroup(WorkerGroup):
 
     def _is_handed_over(self) -> bool:
         """Nobody is left of those who trained: whether newcomers got all that they knew before; it is then in force."""
-        end_s = time.monotonic() + _ANSWER_S
+        end_s = time.monotonic() + ANSWER_S
         while self.is_changing and time.monotonic() < end_s:
             self._install_if_begun()
             time.sleep(_SOON_S / 5)
@@ -342,8 +315,7 @@ class LiveWorkerGroup(WorkerGroup):
 
     def _heard(self, view: View) -> list[Standing]:
         """What the members of ``view`` say who answer."""
-        standings = self._standings([self._workers_by_member[member] for member in view.members])
-        return [one for one in standings.values() if one is not None]
+        return heard([self._workers_by_member[member] for member in view.members])
 
     def _without_notices(self, results: list[WorkerStatus]) -> list[WorkerStatus]:
         """Ray Train would start all workers again because a node goes; where others are left, they go on instead."""
@@ -361,17 +333,17 @@ class LiveWorkerGroup(WorkerGroup):
         """Find workers that hang, and keep the others waiting; and a group that is broken though nobody is gone."""
         if self._fewest is None or self._hang_timeout_s is None:
             return
-        standings = self._standings(self.get_workers())
-        known = [one for one in standings.values() if one is not None]
+        found = standings(self.get_workers())
+        known = [one for one in found.values() if one is not None]
         if self._view is not None and self._view.lost and any(one.generation < self._installed for one in known):
             self._release_reports()  # also those who came to wait only after it was known
-        if len(known) == len(standings) and all(one.broken >= self._installed for one in known):
+        if len(known) == len(found) and all(one.broken >= self._installed for one in known):
             self._form_again()
             return
         hanging = [
             worker
             for worker in self.get_workers()
-            if (one := standings[member_of(worker)]) is not None and one.hangs(longest_s=self._hang_timeout_s)
+            if (one := found[member_of(worker)]) is not None and one.hangs(longest_s=self._hang_timeout_s)
         ]
         for worker in hanging if any(one.waits for one in known) else ():
             logger.warning("worker %s has done nothing for %g s: it is ended", worker, self._hang_timeout_s)
@@ -379,44 +351,17 @@ class LiveWorkerGroup(WorkerGroup):
 
     def _form_again(self) -> None:
         """All found their group broken, and nobody is gone: an exchange failed on its way."""
-        view = replace(
-            self._view_of(self.get_workers()), lost="an exchange between the workers failed, and all are there"
-        )
-        self._view = view
-        self._install(view, reports=0)
-        for worker in self.get_workers():
-            worker.execute_async(tell, view)
-
-    def _dead(self, workers: Sequence[RayWorker]) -> list[RayWorker]:
-        asked = {worker.execute_async(standing): worker for worker in workers}
-        there, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
-        dead = []
-        for reference in there:
-            try:
-                ray.get(reference)
-            except ray.exceptions.RayActorError:
-                dead.append(asked[reference])
-        return dead
-
-    def _standings(self, workers: Sequence[RayWorker]) -> dict[str, Standing | None]:
-        """What each worker's door says; ``None`` of one that does not answer."""
-        asked = {member_of(worker): worker.execute_async(standing) for worker in workers}
-        there, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
-        heard = set(there)
-        found: dict[str, Standing | None] = {}
-        for member, reference in asked.items():
-            try:
-                found[member] = ray.get(reference) if reference in heard else None
-            except ray.exceptions.RayError:
-                found[member] = None
-        return found
+        lost = "an exchange between the workers failed, and all are there"
+        self._view = replace(self._view_of(self.get_workers()), lost=lost)
+        self._install(self._view, reports=0)
+        tell_all(self.get_workers(), self._view)
 
     # Ending
 
     def _end_leaving(self) -> None:
         still = []
         for worker, looks in self._leaving:
-            status = self._standings([worker])[member_of(worker)]
+            status = standings([worker])[member_of(worker)]
             if (status is not None and status.left) or looks >= _LOOKS:
                 self._end(worker)
             else:
@@ -445,6 +390,9 @@ class LiveWorkerGroup(WorkerGroup):
         self._leaving = []
         super()._clear_state()
 
+    def _callback(self, kind: type[T]) -> T:
+        return next(callback for callback in self._callbacks if isinstance(callback, kind))
+
     def _view_of(self, workers: Sequence[RayWorker], *, host: str | None = None) -> View:
         assert self._store is not None
         before = self._view
@@ -457,51 +405,3 @@ class LiveWorkerGroup(WorkerGroup):
             places=places_of(workers),
             store=(host, self._store.port),
         )
-
-
-_LOOKS = 10
-
-
-def _blank() -> _TrainingReport:
-    """For one who came after that report was made."""
-    return _TrainingReport(checkpoint=None, metrics={}, validation=False)
-
-
-def member_of(worker: RayWorker) -> str:
-    """As the worker's own process calls itself."""
-    return str(worker.actor._actor_id.hex())
-
-
-def _obituary(worker: RayWorker) -> str:
-    where = f"process {worker.metadata.pid} on node {worker.metadata.node_ip}"
-    return f"the worker of rank {worker.distributed_context.world_rank} is gone ({where})"
-
-
-def who_stays(nodes: Sequence[str], number: int) -> list[int]:
-    """Which ``number`` of the workers on these ``nodes``, by their places: so that nodes get empty and can be given
-    back, and rank zero, which is the first, stays where it is."""
-    crowd = Counter(nodes)
-    first = {node: nodes.index(node) for node in crowd}
-    kept = sorted(range(len(nodes)), key=lambda i: (first[nodes[i]] != 0, -crowd[nodes[i]], first[nodes[i]], i))
-    return sorted(kept[:number])
-
-
-def places_of(workers: Sequence[RayWorker]) -> tuple[Place, ...]:
-    """Where each runs, counted over these workers alone."""
-    nodes = list(dict.fromkeys(worker.metadata.node_ip for worker in workers))
-    on: dict[str, int] = dict.fromkeys(nodes, 0)
-    sizes = {node: sum(worker.metadata.node_ip == node for worker in workers) for node in nodes}
-    places = []
-    for worker in workers:
-        node = worker.metadata.node_ip
-        places.append(Place(local_rank=on[node], local_world_size=sizes[node], node_rank=nodes.index(node)))
-        on[node] += 1
-    return tuple(places)
-
-
-def _fields(place: Place) -> dict[str, int]:
-    return {
-        "local_rank": place.local_rank,
-        "local_world_size": place.local_world_size,
-        "node_rank": place.node_rank,
-    }

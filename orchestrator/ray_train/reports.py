@@ -12,6 +12,11 @@ from dataclasses import replace
 from queue import Queue
 from typing import Any, Generic, TypeVar, final
 
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.checkpoint.report_handler import ReportCallbackHandler
+from ray.train.v2._internal.execution.training_report import _TrainingReport
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
 T = TypeVar("T")
 
 
@@ -54,6 +59,33 @@ class Reports(Generic[T]):
             member: {other: report for other, report in made.items() if other > number}
             for member, made in self._made.items()
         }
+
+
+def handed_on(
+    reports: Reports[_TrainingReport],
+    members: Sequence[str],
+    results: Sequence[WorkerStatus],
+    *,
+    handler: ReportCallbackHandler,
+    manager: CheckpointManager,
+) -> list[WorkerStatus]:
+    """Take in what a poll of ``members`` found, and give Ray Train the next report that all have made in its place."""
+    for member, result in zip(members, results, strict=True):
+        if result.training_report is not None:
+            reports.take(member, result.training_report.number, result.training_report)
+    # Where the nodes of some are taken, and the others cannot go on without them, Ray waits for the others alone.
+    ranks = handler._get_required_ranks()
+    whole = reports.whole([members[rank] for rank in ranks])
+    given = [replace(result, training_report=None) for result in results]
+    if whole is None:
+        return given
+    number, found = whole
+    manager._current_report_index = number - 1  # it counts on by one, and not those that were left out
+    for rank, report in zip(ranks, found, strict=True):
+        blank = _TrainingReport(checkpoint=None, metrics={}, validation=False)
+        # Training is not over before all reports were handed on, of which there is one at a time.
+        given[rank] = replace(given[rank], training_report=report or blank, running=True)
+    return given
 
 
 class _NumberedQueue(Queue[Any]):

@@ -173,13 +173,25 @@ class Times:
 
     def wait_for(self, world_size: int, *, steps: int) -> None:
         """Until as many steps were taken by so many workers in a row."""
+
+        def they_train() -> bool:
+            newest = self.of_rank_zero[-steps:]
+            return len(newest) == steps and {one.world_size for one in newest} == {world_size}
+
+        self._until(they_train, what=f"{world_size} workers")
+
+    def wait_for_more(self, steps: int, *, since_s: float) -> None:
+        """Until as many steps were taken after that time."""
+        self._until(lambda: sum(one.at_s > since_s for one in self.of_rank_zero) >= steps, what=f"{steps} steps")
+
+    def _until(self, there: Callable[[], bool], *, what: str) -> None:
         deadline_s = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline_s:
-            newest = self.look().of_rank_zero[-steps:]
-            if len(newest) == steps and {one.world_size for one in newest} == {world_size}:
+            self.look()
+            if there():
                 return
             time.sleep(0.05)
-        raise AssertionError(f"{world_size} workers did not train within {_PATIENCE_S:.0f} s")
+        raise AssertionError(f"{what} were not seen within {_PATIENCE_S:.0f} s")
 
 
 def order(run: Path, what: Order, **caps: int | None) -> float:

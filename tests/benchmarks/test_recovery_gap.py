@@ -23,6 +23,8 @@ from tests.benchmarks.resizing import MICRO, Times, operated, ray_cluster, setti
 
 KILLS = 10
 RESTARTS = 3
+EVERY = 20  # steps from checkpoint to checkpoint, where nobody is left
+SURELY_OVER_S = 1.0  # after a kill, what was taken before it is written down
 
 
 @pytest.mark.benchmark
@@ -74,22 +76,23 @@ def test_where_nobody_is_left_the_run_goes_on_from_its_checkpoint_soon(tmp_path:
     killed: list[float] = []
 
     def operate(run: Path, times: Times) -> None:
+        since_s = 0.0
         for _ in range(RESTARTS):
-            times.wait_for(2, steps=15)
+            times.wait_for_more(2 * EVERY, since_s=since_s)
             pids = [times.pid_of(rank) for rank in range(2)]
             killed.append(time.monotonic())
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):  # it went with the one before
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(1.0)  # what they had taken until then
-        times.wait_for(2, steps=15)
+            since_s = killed[-1] + SURELY_OVER_S
+        times.wait_for_more(2 * EVERY, since_s=since_s)
 
     workers = {"resize": "live", "initial": 2, "max": 2}
     batch = {"initial": 2 * MICRO, "micro_batch": MICRO, "max": 2 * MICRO}
-    every = {"every_samples": 20 * 2 * MICRO}
+    every = {"every_samples": EVERY * 2 * MICRO}
     with ray_cluster(4):
         times = operated(settings(tmp_path, workers=workers, batch=batch, checkpoint=every), operate)
-    took = [min(one.at_s for one in times.of_rank_zero if one.at_s > at_s + 1.0) - at_s for at_s in killed]
+    took = [min(one.at_s for one in times.of_rank_zero if one.at_s > at_s + SURELY_OVER_S) - at_s for at_s in killed]
     print(f"\nfrom the kill of all to the next step taken: {', '.join(f'{one:.1f}' for one in took)} s")
     assert max(took) < 20.0
     report = verify(tmp_path / "run")

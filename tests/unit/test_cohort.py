@@ -42,6 +42,7 @@ class Starting:
 @pytest.fixture
 def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cohort, Starting]]:
     monkeypatch.setattr(cohort.Slots, "asked", lambda number, **how: Reserved())
+    monkeypatch.setattr(cohort, "standings", lambda workers: {})
     group = Starting()
     yield Cohort(group, 2, timeout_s=1.0), group
     group.go.set()
@@ -49,7 +50,7 @@ def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cohort, Starting
 
 def start(newcomers: Cohort, group: Starting) -> None:
     group.go.set()
-    while not newcomers.is_ready(lambda workers: {}, lambda workers: []):
+    while not newcomers.is_ready():
         time.sleep(0.001)
 
 
@@ -62,12 +63,13 @@ def test_a_change_of_the_group_does_not_end_those_that_are_being_started(startin
     assert newcomers.is_over(trains=["others", "a", "b"])
 
 
-@pytest.mark.parametrize(("dead", "problem"), [([], None), (["b"], "one of them died")])
+@pytest.mark.parametrize(("gone", "problem"), [([], None), (["b"], "one of them died")])
 def test_a_newcomer_that_does_not_answer_is_given_up_only_if_it_is_dead(
-    starting: tuple[Cohort, Starting], dead: Any, problem: str | None
+    starting: tuple[Cohort, Starting], gone: Any, problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newcomers, group = starting
     start(newcomers, group)
-    silent: Any = {"a": None, "b": None}
-    assert not newcomers.is_ready(lambda workers: silent, lambda workers: dead)
+    monkeypatch.setattr(cohort, "standings", lambda workers: {"a": None, "b": None})
+    monkeypatch.setattr(cohort, "dead", lambda workers: gone)
+    assert not newcomers.is_ready()
     assert newcomers.problem == problem
