@@ -41,8 +41,8 @@ NODES = 3
 KINDS = ("kill", "hang", "remove", "add", "kill after join", "kill after leave")  # the last two by turns
 FAULTS_A_ROUND = 5
 FIRST_SAMPLES = 600
-APART_SAMPLES = 1600
-AFTER_SAMPLES = 2400  # for the last fault to be over before the run is
+APART_SAMPLES = 1100
+AFTER_SAMPLES = 1600  # for the last fault to be over before the run is
 _PATIENCE_S = 90.0
 
 Kind = Literal["kill", "hang", "remove", "add", "kill after join", "kill after leave"]
