@@ -117,4 +117,6 @@ def test_every_position_is_used_once_where_all_workers_stop_for_a_change(cluster
     resumed = [event for event in events if event["kind"] == "resumed"]
     after_kill = next(event for event in resumed if event["attempt"] == max(e["attempt"] for e in resumed))
     assert after_kill["checkpoint"] is not None
-    assert after_kill["samples_seen"] < 560
+    # From the newest that was written: the kill may come late on a busy machine.
+    saved = [event for event in events if event["kind"] == "checkpoint" and event["attempt"] < after_kill["attempt"]]
+    assert after_kill["samples_seen"] == saved[-1]["samples_seen"]
