@@ -76,6 +76,14 @@ class Door:
         self.beat(waits=True)  # for the controller, and then for those who are left
 
     def received(self, view: View, carried: Mapping[str, Any]) -> None:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        context = get_train_context()
+        with context.report_order_condition:
+            # Counted on from here also by one who is left alone with it, before that group is formed.
+            if self._generation < 0 or view.lost is not None:
+                context.report_call_index = context.current_report_index = carried["reports"]
+                context.collective_seq = carried["collectives"]
         with self._changed:
             self._received, self._reports = view.generation, carried["reports"]
 
@@ -96,10 +104,6 @@ class Door:
             node_rank=place.node_rank,
         )
         _set_torch_distributed_env_vars()  # from the context, for those who read them there
-        with context.report_order_condition:
-            if self._generation < 0 or view.lost is not None:
-                context.report_call_index = context.current_report_index = carried["reports"]
-                context.collective_seq = carried["collectives"]
         self.received(view, carried)
         with self._changed:
             self._generation = view.generation

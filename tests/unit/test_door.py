@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from threading import Condition
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.train.v2._internal.execution import context
 
 from orchestrator.ports import Place, View
 from orchestrator.ray_train.door import Door, Standing
@@ -41,11 +44,20 @@ def test_who_found_its_group_broken_waits(door: Door) -> None:
     assert not door.standing().waits
 
 
-def test_who_is_ready_to_join_waits_until_it_trains(door: Door) -> None:
+def test_who_has_what_the_others_know_counts_on_from_there(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though those others are lost before the group is formed: it may go on alone, and make the next report."""
+    counts = SimpleNamespace(
+        report_order_condition=Condition(), report_call_index=2, current_report_index=2, collective_seq=5
+    )
+    monkeypatch.setattr(context, "get_train_context", lambda: counts)
     door.beat(waits=False)  # of the rehearsal
     door.ready()
     assert door.standing().waits
     place = Place(local_rank=0, local_world_size=1, node_rank=0)
-    door.received(View(generation=3, members=("a",), places=(place,), store=("host", 1)), {"reports": 7})
+    door.received(
+        View(generation=3, members=("a",), places=(place,), store=("host", 1)), {"reports": 7, "collectives": 9}
+    )
     assert (door.standing().received, door.standing().generation, door.standing().reports) == (3, -1, 7)
     assert door.standing().waits
+    assert counts.report_call_index == counts.current_report_index == 7
+    assert door.carry() == {"reports": 7, "collectives": 9}
