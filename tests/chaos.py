@@ -38,14 +38,16 @@ from tests.support import config
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 3
-KINDS = ("kill", "hang", "remove", "add", "kill after join", "kill after leave")  # the last two by turns
+# The first two of nodes by turns, and the last two of kills.
+KINDS = ("kill", "hang", "add", "remove", "remove after notice", "kill after join", "kill after leave")
 FAULTS_A_ROUND = 5
 FIRST_SAMPLES = 600
 APART_SAMPLES = 1100
 AFTER_SAMPLES = 1600  # for the last fault to be over before the run is
+NOTICE_S = 30.0
 _PATIENCE_S = 90.0
 
-Kind = Literal["kill", "hang", "remove", "add", "kill after join", "kill after leave"]
+Kind = Literal["kill", "hang", "add", "remove", "remove after notice", "kill after join", "kill after leave"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +67,11 @@ def schedule(seed: int, *, rounds: int) -> list[Fault]:
     draws = random.Random(seed)
     faults: list[Fault] = []
     for number in range(rounds):
-        kinds: list[Any] = [*KINDS[:4], KINDS[4 + number % 2]]
+        goes, dies = KINDS[3 + (number + seed) % 2], KINDS[5 + number % 2]
+        kinds: list[Any] = [*KINDS[:3], goes, dies]
         draws.shuffle(kinds)
-        there = sorted((kinds.index("remove"), kinds.index("add")))
-        kinds[there[0]], kinds[there[1]] = "remove", "add"  # so that there is always room for two workers
+        there = sorted((kinds.index(goes), kinds.index("add")))
+        kinds[there[0]], kinds[there[1]] = goes, "add"  # so that there is always room for two workers
         for kind in kinds:
             at = FIRST_SAMPLES + len(faults) * APART_SAMPLES + draws.randrange(APART_SAMPLES // 2)
             faults.append(Fault(kind=kind, at_samples=at, place=draws.random()))
@@ -140,8 +143,10 @@ class Injector:
                     self._signal(signal.SIGKILL, fault.place)
                 case "hang":
                     self._signal(signal.SIGSTOP, fault.place)
-                case "remove":
+                case "remove" | "remove after notice":
                     node = self._nodes.pop(int(fault.place * len(self._nodes)))
+                    if fault.kind == "remove after notice":
+                        self._give_notice(node.node_id)
                     self._cluster.remove_node(node, allow_graceful=False)
                 case "add":
                     self._nodes.append(self._cluster.add_node(num_cpus=1))
@@ -169,6 +174,26 @@ class Injector:
                 if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
         return found
+
+    def _give_notice(self, node_id: str) -> None:
+        """As a cloud does before it takes a spot instance; the time is then over."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        began_s, preempted = time.monotonic(), autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1e3 * (time.time() + NOTICE_S))
+        accepted, why = GcsClient(address=self._cluster.address).drain_node(node_id, preempted, "spot", deadline_ms)
+        assert accepted, why
+        self._until(lambda: not self._trains_on(node_id), patience_s=NOTICE_S)
+        left_s = NOTICE_S - (time.monotonic() - began_s)
+        print(f"{time.strftime('%X')} nobody trains there any more, {left_s:.1f} s before the node goes", flush=True)
+        assert left_s > 0, "the workers of a node that was given notice still trained there when it went"
+
+    def _trains_on(self, node_id: str) -> bool:
+        from ray.util.state import list_actors
+
+        on_node = [("node_id", "=", node_id), ("state", "=", "ALIVE"), ("class_name", "=", "RayTrainWorker")]
+        return bool(list_actors(filters=on_node))
 
     def _cap(self, workers: int | None) -> None:
         write_request(self._run, "cap", caps={"max_workers": workers}, timeout_s=_PATIENCE_S)

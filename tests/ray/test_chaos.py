@@ -14,9 +14,9 @@ def test_the_schedule_is_repeatable_by_its_seed_and_holds_every_kind() -> None:
     for seed in range(20):
         faults = schedule(seed, rounds=10)
         assert faults == schedule(seed, rounds=10)
-        assert [sum(fault.kind == kind for fault in faults) for kind in KINDS] == [10, 10, 10, 10, 5, 5]
+        assert [sum(fault.kind == kind for fault in faults) for kind in KINDS] == [10, 10, 10, 5, 5, 5, 5]
         assert [fault.at_samples for fault in faults] == sorted(fault.at_samples for fault in faults)
-        nodes = [{"remove": -1, "add": 1}.get(fault.kind, 0) for fault in faults]
+        nodes = [{"remove": -1, "remove after notice": -1, "add": 1}.get(fault.kind, 0) for fault in faults]
         assert {sum(nodes[:i]) for i in range(len(nodes) + 1)} == {-1, 0}
     assert schedule(1, rounds=1) != schedule(2, rounds=1)
 
