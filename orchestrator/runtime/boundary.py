@@ -17,7 +17,7 @@ from orchestrator.runtime.course import Course
 from orchestrator.runtime.exchange import Exchange, OwnStep
 from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
-from orchestrator.runtime.journal import FinishedStep
+from orchestrator.runtime.progress import FinishedStep
 from orchestrator.runtime.run_state import RunState
 from orchestrator.runtime.worker import Worker
 

@@ -16,7 +16,8 @@ from orchestrator.config import RunConfig
 from orchestrator.core import budget
 from orchestrator.core.controller import Rules
 from orchestrator.ports import Brain
-from orchestrator.runtime.journal import Journal, Moment
+from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.progress import Moment
 from orchestrator.runtime.spending import (
     ENDING_S,
     S_PER_HOUR,

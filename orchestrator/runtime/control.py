@@ -20,7 +20,8 @@ from orchestrator.ports import Brain
 from orchestrator.runtime import folder
 from orchestrator.runtime.brain import STATE_TYPES
 from orchestrator.runtime.control_requests import CONTROL, SUFFIX, TAKEN, Order, Request, read_request, take_request
-from orchestrator.runtime.journal import Journal, Moment
+from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.progress import Moment
 from orchestrator.types import ApplyPlan, Ordered, Orders
 
 _SET_ASIDE = ".refused"

@@ -99,7 +99,7 @@ class Course:
     def begin_round(self) -> None:
         """Collective. Begin the round of branches that is due, or say why it is put off."""
         waited = self._run.round_waits
-        problem = self._branches.begin(self._run, noise_scale=self._journal.noise_scale)
+        problem = self._branches.begin(self._run, noise_scale=self._journal.noise.scale)
         if problem is None:
             self.adopt(self._branches.plan())
         elif not (waited and self._run.round_waits):  # said once

@@ -18,7 +18,7 @@ from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
 from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.history import History
-from orchestrator.runtime.journal import FinishedStep
+from orchestrator.runtime.progress import FinishedStep
 from orchestrator.types import BatchPlan, GradMeasured, GradSample
 
 _EVERY_S = 0.5  # what a person at the terminal, or one who asks for a stop, does not feel

@@ -34,9 +34,10 @@ from orchestrator.runtime.calibration import Calibration
 from orchestrator.runtime.checkpoints import CheckpointStore, Fault
 from orchestrator.runtime.control import ControlDesk, standing_orders
 from orchestrator.runtime.ema import EmaWeights, tied_names
-from orchestrator.runtime.journal import FinishedStep, Journal, Moment
+from orchestrator.runtime.journal import Journal
 from orchestrator.runtime.patient_file import Outage
 from orchestrator.runtime.preparation import prepare, run_folder
+from orchestrator.runtime.progress import FinishedStep, Moment
 from orchestrator.runtime.resume_checks import (
     NOT_OF_THIS_VERSION,
     changes_of_config,
@@ -171,7 +172,7 @@ class History:
                 step, samples_seen, self._saved_step = meta["step"], meta["samples_seen"], meta["step"]
                 record = BrainRecord(state=meta["controller"], tail=codec.decode(meta["controller_tail"], STATE_TYPES))
                 in_force = codec.decode(meta["in_force"], _IN_FORCE_TYPES)
-                self.journal.remember(meta)
+                self.journal.noise.remember(meta)
                 self._calibration.remember(meta)
                 restore_rng(meta["rng"])
                 if self._scaler is not None and meta["scaler"] is not None:
@@ -446,7 +447,7 @@ class History:
             "controller": record.state,
             "controller_tail": codec.encode(record.tail),
             "in_force": codec.encode(in_force),
-            **self.journal.memory(),
+            **self.journal.noise.memory(),
             **self._calibration.memory(),
             "tied": tied_names(self._model),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
@@ -492,14 +493,14 @@ class History:
     def hand_over(self) -> dict[str, Any]:
         """Rank zero's: let go of the folder, for another one goes on with it; what that one should know."""
         self.finish_save()
-        memory = self.journal.memory()
+        memory = self.journal.noise.memory()
         self.journal.close()
         return memory
 
     def live_memory(self, *, since: int) -> dict[str, Any]:
         """What a rank that is behind, or new, needs to know besides tensors; of the steps those from ``since`` on."""
         return {
-            "journal": self.journal.memory(),
+            "journal": self.journal.noise.memory(),
             "calibration": self._calibration.memory(),
             "told": self._told,
             "recent": [step for step in self._recent if step.measured.sample.step >= since],
@@ -509,7 +510,7 @@ class History:
 
     def remember_live(self, memory: Mapping[str, Any], *, joins: bool) -> None:
         """What ``live_memory`` of another rank gave."""
-        self.journal.remember(memory["journal"])
+        self.journal.noise.remember(memory["journal"])
         self._calibration.remember(memory["calibration"])
         self._recent.extend(step for step in memory["recent"] if step.measured.sample.step >= self._told.step)
         self._told, self._saved_step = memory["told"], memory["saved_step"]

@@ -24,9 +24,9 @@ from orchestrator.runtime.collective import Apart, ChangingCollective
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.group import Groups, NotFormedError, is_lost_peer
 from orchestrator.runtime.history import History, Regroup, Resumed
-from orchestrator.runtime.journal import FinishedStep
 from orchestrator.runtime.live_state import LiveState
 from orchestrator.runtime.paid_time import process_age_s
+from orchestrator.runtime.progress import FinishedStep
 from orchestrator.runtime.replica import Replica
 from orchestrator.runtime.update import WeightUpdate
 from orchestrator.runtime.worker import Worker
@@ -171,7 +171,7 @@ class Regrouping:
         stays = bool(self._collective.sum([float(own == 0 and view.rank_of(self._membership.member) == 0)])[0])
         if not stays:
             memory = self._collective.share(self._history.hand_over() if own == 0 else None)
-            self._history.journal.remember(memory)
+            self._history.journal.noise.remember(memory)
 
     def _settle(
         self,

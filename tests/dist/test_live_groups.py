@@ -198,7 +198,7 @@ def train(
     if branched:
         counted = branch_from or 0
     weights = [float(p.detach().double().sum()) for p in model.parameters()]
-    return session.step_number, weights, session._history.journal.memory()["groups"], counted
+    return session.step_number, weights, session._history.journal.noise.memory()["groups"], counted
 
 
 def test_a_newcomer_to_several_ranks_exchanges_when_they_do(tmp_path: Path) -> None:

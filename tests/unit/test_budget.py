@@ -25,7 +25,8 @@ from orchestrator.runtime import folder, paid_time
 from orchestrator.runtime.brain import LocalBrain
 from orchestrator.runtime.budget_watch import BudgetWatch
 from orchestrator.runtime.collective import Solo
-from orchestrator.runtime.journal import Journal, Moment
+from orchestrator.runtime.journal import Journal
+from orchestrator.runtime.progress import Moment
 from orchestrator.runtime.rules import rules_from
 from orchestrator.runtime.spending import ENDING_S, attempts, exhausted, worker_hours_of
 from orchestrator.runtime.worker import Worker, local_worker
