@@ -55,6 +55,7 @@ from orchestrator.runtime.rules import companions_from, rules_from
 from orchestrator.runtime.setbacks import Setbacks
 from orchestrator.runtime.sharding import is_sharded
 from orchestrator.runtime.step import Step, backward_seed, check_loss
+from orchestrator.runtime.trained import Trained
 from orchestrator.runtime.transfer import move
 from orchestrator.runtime.trials import Trials
 from orchestrator.runtime.update import WeightUpdate, check_parts
@@ -130,18 +131,21 @@ class Session:
             pin_memory=config.data.pin_memory,
             seed_each_sample=config.data.seed_each_sample,
         )
+        trained = Trained(
+            model=self._replica.model,
+            optimizer=optimizer,
+            scaler=grad_scaler,
+            ema=None if self._ema is None else self._ema.tensors,
+        )
         self._history = History(
             config,
             worker=self.worker,
-            model=model,
-            optimizer=optimizer,
+            trained=trained,
             rules=rules,
             dataset_size=len(dataset),
             calibration=self._calibration,
-            scaler=grad_scaler,
-            ema=self._ema,
         )
-        journal = self._history.journal
+        journal, talk = self._history.journal, self._history.talk
         self._groups = GroupNoise(
             config,
             model=model,
@@ -181,8 +185,10 @@ class Session:
             config,
             worker=self.worker,
             course=self._course,
-            exchange=Exchange(collective, self._history, self._calibration, lag_steps=rules.lag_steps, act=rules.act),
+            exchange=Exchange(collective, talk, self._calibration, lag_steps=rules.lag_steps, act=rules.act),
             groups=self._groups,
+            saving=self._history.saving,
+            talk=talk,
             history=self._history,
             passes_over_non_finite=grad_scaler is not None,
         )
@@ -194,7 +200,7 @@ class Session:
             meter=self._meter,
             course=self._course,
             boundary=self._boundary,
-            history=self._history,
+            talk=talk,
         )
         trials = Trials(
             config,
@@ -214,13 +220,14 @@ class Session:
             worker=self.worker,
             trials=trials,
             course=self._course,
-            history=self._history,
+            journal=journal,
+            talk=talk,
         )
         self._randomness = SampleRandomness(config.run.seed, device)
         self._step: Step | None = None
         self._regrouping: Regrouping | None = None
         if membership is not None:
-            self._regrouping = self._regrouping_of(membership, dataset_size=len(dataset), scaler=grad_scaler)
+            self._regrouping = self._regrouping_of(membership, dataset_size=len(dataset), trained=trained)
         if self._joins:
             self._course.begin(rehearsal(rules))
             return
@@ -532,18 +539,13 @@ class Session:
         """
         return self._joins
 
-    def _regrouping_of(
-        self, membership: Membership, *, dataset_size: int, scaler: torch.amp.GradScaler | None
-    ) -> Regrouping:
+    def _regrouping_of(self, membership: Membership, *, dataset_size: int, trained: Trained) -> Regrouping:
         collective, groups = self.worker.collective, self.worker.groups
         assert isinstance(collective, ChangingCollective), "a membership comes with one"
         assert groups is not None, "a membership comes with them"
         assert isinstance(self._replica, Replica), "the launcher gives none where the model is sharded"
         state = LiveState(
-            model=self._replica.model,
-            optimizer=self.optimizer,
-            scaler=scaler,
-            ema=self._ema,
+            trained=trained,
             device=self.worker.device,
             collective=collective,
         )
@@ -557,7 +559,7 @@ class Session:
             state=state,
             course=self._course,
             boundary=self._boundary,
-            history=self._history,
+            succession=self._history.succession,
             dataset_size=dataset_size,
         )
 

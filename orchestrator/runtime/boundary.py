@@ -13,12 +13,14 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import CheckpointError, NonFiniteError
 from orchestrator.ports import View
 from orchestrator.runtime.announcement import Announcement
+from orchestrator.runtime.controller_talk import ControllerTalk
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.exchange import Exchange, OwnStep
 from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
 from orchestrator.runtime.progress import FinishedStep
 from orchestrator.runtime.run_state import RunState
+from orchestrator.runtime.saving import Saving
 from orchestrator.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class Boundary:
         course: Course,
         exchange: Exchange,
         groups: GroupNoise,
+        saving: Saving,
+        talk: ControllerTalk,
         history: History,
         passes_over_non_finite: bool,
     ) -> None:
@@ -44,6 +48,8 @@ class Boundary:
         self._course = course
         self._exchange = exchange
         self._groups = groups
+        self._saving = saving
+        self._talk = talk
         self._history = history
         self._passes_over_non_finite = passes_over_non_finite
         self._asked = Announcement()  # what was heard and not done yet
@@ -92,9 +98,7 @@ class Boundary:
         self.settle()
         state = self._state
         try:
-            return self._history.save(
-                step=state.step, samples_seen=state.samples_seen, in_force=state.in_force, why=why
-            )
+            return self._saving.save(state.moment, in_force=state.in_force, why=why)
         except CheckpointError as error:
             logger.warning("%s", error)
             return None
@@ -102,9 +106,7 @@ class Boundary:
     def _save_regularly(self) -> None:
         state = self._state
         try:
-            self._history.begin_save(
-                step=state.step, samples_seen=state.samples_seen, in_force=state.in_force, why="regular"
-            )
+            self._saving.begin(state.moment, in_force=state.in_force, why="regular")
         except CheckpointError as error:
             logger.warning("%s", error)
 
@@ -120,7 +122,7 @@ class Boundary:
         """A rank is gone: forget what was under way with it; the steps that are known in part."""
         self._asked = Announcement()
         self._groups.give_up()
-        self._history.give_up_saving()
+        self._saving.give_up()
         return self._exchange.give_up()
 
     def branches(self) -> bool:
@@ -133,7 +135,7 @@ class Boundary:
                 return False
             found = course.go_on_with_round()
             if found is not None:
-                self._history.branched(found, samples_seen=self._state.samples_seen)
+                self._talk.branched(found, samples_seen=self._state.samples_seen)
         elif course.round_is_due:
             self.settle()
             if not self._asked.interrupts:
@@ -144,15 +146,8 @@ class Boundary:
         """Collective. Save, and write down how the run ended; whether it reached its last sample."""
         self.settle()
         state = self._state
-        path = self._history.end(
-            step=state.step,
-            samples_seen=state.samples_seen,
-            in_force=state.in_force,
-            finished=state.is_over,
-            reason=self._stopped,
-        )
-        if path is not None:
-            self._worker.report_checkpoint(path)
+        path = self._history.end(state.moment, in_force=state.in_force, finished=state.is_over, reason=self._stopped)
+        self._worker.report_checkpoint(path)
         return state.is_over
 
     @property
@@ -181,14 +176,14 @@ class Boundary:
         if due:
             self.settle()
         heard, self._asked = self._asked, Announcement()
-        self._history.take_in_save(heard.saved_step)
+        self._saving.take_in(heard.saved_step)
         if heard.hold and not heard.stop:  # one who asked for a stop would be gone after a resize
             path = self.checkpoint(why="resize")
             if path is not None:
-                self._history.journal.close()
+                self._history.close()
                 self._worker.hold(path)
             else:
-                self._history.hold_failed()
+                self._talk.hold_failed()
         elif heard.save and not self._state.is_over:
             path = self.checkpoint(why="asked for")
             if path is not None:
@@ -197,10 +192,10 @@ class Boundary:
             self._save_regularly()
         if heard.stop:
             self._stopped = self._stop_reason or "another rank was asked to stop"
-        elif heard.regroup and self._history.is_saving:
+        elif heard.regroup and self._saving.is_under_way:
             self._asked = Announcement(regroup=True)  # once that is written: who writes it may be one who leaves
         elif heard.regroup:
             self.settle()
-            view: View = self._worker.collective.share(self._history.view)
+            view: View = self._worker.collective.share(self._talk.view)
             return view
         return None

@@ -14,9 +14,9 @@ from orchestrator.core.companions import Jump, second_moment_factor
 from orchestrator.core.controller import Rules
 from orchestrator.ports import Collective
 from orchestrator.runtime.branches import Branches
-from orchestrator.runtime.history import Resumed
 from orchestrator.runtime.journal import Journal
 from orchestrator.runtime.loader import PositionLoader
+from orchestrator.runtime.progress import Resumed
 from orchestrator.runtime.run_state import RunState
 from orchestrator.runtime.update import WeightUpdate
 from orchestrator.types import ApplyPlan, Branched

@@ -17,7 +17,7 @@ from orchestrator.core import noise
 from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import Announcement, StepSums
 from orchestrator.runtime.calibration import Calibration
-from orchestrator.runtime.history import History
+from orchestrator.runtime.controller_talk import ControllerTalk
 from orchestrator.runtime.progress import FinishedStep
 from orchestrator.types import BatchPlan, GradMeasured, GradSample
 
@@ -57,10 +57,10 @@ class Exchange:
     """Collects finished steps. All ranks make the same calls, and get the same answers."""
 
     def __init__(
-        self, collective: Collective, history: History, calibration: Calibration, *, lag_steps: int, act: bool
+        self, collective: Collective, talk: ControllerTalk, calibration: Calibration, *, lag_steps: int, act: bool
     ) -> None:
         self._collective = collective
-        self._history = history
+        self._talk = talk
         self._calibration = calibration
         self._lag_steps = lag_steps
         self._act = act  # else a decision changes nothing, and no exchange is made for it
@@ -91,7 +91,7 @@ class Exchange:
         """Collective. What is asked for now, while no steps are finished that could be told of."""
         said = Announcement(stop=stop)
         if self._collective.rank == 0:
-            said = self._history.speak(said, decided_at=(), rest_steps=self._rest_steps)
+            said = self._talk.speak(said, decided_at=(), rest_steps=self._rest_steps)
         return Announcement.decode(self._collective.sum(said.encode()))
 
     def settle(self, *, stop: bool) -> Announcement:
@@ -107,9 +107,9 @@ class Exchange:
         due = [self._announces.pop(s) for s in sorted(self._announces) if s <= steps[-1].step]
         said = Announcement(stop=stop, sums=tuple(step.sums for step in steps))
         if self._collective.rank == 0:
-            said = self._history.speak(said, decided_at=due, rest_steps=self._rest(steps))
+            said = self._talk.speak(said, decided_at=due, rest_steps=self._rest(steps))
         else:
-            self._history.journal.forget_decisions(due)
+            self._talk.hear(due)
         self._under_way = _UnderWay(steps, self._collective.start_sum(said.encode()))
 
     def _finish(self) -> Announcement:
@@ -119,7 +119,7 @@ class Exchange:
         heard = Announcement.decode(under_way.result())
         self._rest_steps = heard.rest_steps
         finished = [self._finished(step, sums) for step, sums in zip(under_way.steps, heard.sums, strict=True)]
-        self._history.steps(finished)
+        self._talk.steps(finished)
         self._under_way = None  # only now: what fails before is told without the others
         losses = ((step.measured.sample.step, step.measured.sample.loss) for step in finished)
         self.first_non_finite = next((step for step, loss in losses if not math.isfinite(loss)), None)
@@ -127,7 +127,7 @@ class Exchange:
 
     def abandon(self) -> None:
         """Write down the steps that no exchange told of: training has failed here, and the others cannot be asked."""
-        self._history.without_the_others(self.give_up())
+        self._talk.without_the_others(self.give_up())
 
     def begin_anew(self) -> None:
         """In another group, whose newcomers know nothing of what was agreed before: who waits for which step.

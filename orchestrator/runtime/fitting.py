@@ -9,9 +9,10 @@ from orchestrator.core import controller
 from orchestrator.core.controller import Rules
 from orchestrator.core.fitting import largest_fitting
 from orchestrator.errors import SessionError
+from orchestrator.runtime.controller_talk import ControllerTalk
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.curvature import LossOf
-from orchestrator.runtime.history import History
+from orchestrator.runtime.journal import Journal
 from orchestrator.runtime.trials import MEMORIES, Trials
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import PlanRejected, Target
@@ -30,7 +31,8 @@ class Fitting:
         worker: Worker,
         trials: Trials,
         course: Course,
-        history: History,
+        journal: Journal,
+        talk: ControllerTalk,
     ) -> None:
         self._wanted = config.batch.find_micro_batch
         self._given = config.batch.micro_batch
@@ -39,7 +41,8 @@ class Fitting:
         self._worker = worker
         self._trials = trials
         self._course = course
-        self._history = history
+        self._journal = journal
+        self._talk = talk
         self._asked = False
 
     def check_asked(self) -> None:
@@ -59,7 +62,7 @@ class Fitting:
         began_s, kind = self._worker.now(), self._worker.device.type
         if kind not in MEMORIES:
             reason = f"batch.micro_batch stays {self._given}: on a device of type {kind} what fits cannot be tried out"
-            self._history.journal.event("micro_batch_not_sought", reason=reason, step=0, samples_seen=0)
+            self._journal.event("micro_batch_not_sought", reason=reason, step=0, samples_seen=0)
             return
         most = self._largest_ever()
         start = min(state.plan.micro_batch, most)
@@ -70,7 +73,7 @@ class Fitting:
                 "a micro-batch of one sample does not fit in the memory of every worker, beside weights, gradients "
                 "and the optimizer's state; use a smaller model or sample, or a device with more memory"
             )
-        self._history.journal.event(
+        self._journal.event(
             "micro_batch_found",
             reason=f"{found} samples at once fit on every worker; no plan of this run has more than {most}",
             step=0,
@@ -79,7 +82,7 @@ class Fitting:
             duration_s=self._worker.now() - began_s,
         )
         if found < most:
-            planned = self._history.replan(PlanRejected(max_micro_batch=found), step=0, samples_seen=0)
+            planned = self._talk.replan(PlanRejected(max_micro_batch=found), at=state.moment)
             self._course.adopt(planned.now)
 
     def _largest_ever(self) -> int:

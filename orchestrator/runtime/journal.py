@@ -7,7 +7,7 @@ taken.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
@@ -162,6 +162,11 @@ class Journal:
         at, stats = self._decided_from.pop(step)
         evidence = decision_evidence(action, stats)
         self.event("decision", reason=action.reason, step=step, samples_seen=at, **evidence)
+
+    def decisions(self, answer: Callable[[int], Action]) -> None:
+        """Write down all that are on their way, with what ``answer`` says of each."""
+        for step in self.decisions_on_their_way:
+            self.decision(step, answer(step))
 
     def advice(self, *, step: int, samples_seen: int) -> None:
         """Say at the end of a run that only advises what its policy would have done, from the lines written so far."""

@@ -11,10 +11,10 @@ from itertools import groupby
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orchestrator.ports import Collective
-from orchestrator.runtime.ema import EmaWeights
+from orchestrator.runtime.trained import Trained
 
 _MESSAGE_BYTES = 64 << 20
 
@@ -34,17 +34,11 @@ class LiveState:
     def __init__(
         self,
         *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None,
-        ema: EmaWeights | None,
+        trained: Trained,
         device: torch.device,
         collective: Collective,
     ) -> None:
-        self._model = model
-        self._optimizer = optimizer
-        self._scaler = scaler
-        self._ema = ema
+        self._trained = trained
         self._device = device
         self._collective = collective
 
@@ -71,20 +65,22 @@ class LiveState:
             self._load(_filled(outline, received))
 
     def _tree(self) -> dict[str, Any]:
+        trained = self._trained
         return {
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": None if self._scaler is None else self._scaler.state_dict(),
-            "ema": None if self._ema is None else self._ema.tensors,
+            "model": trained.model.state_dict(),
+            "optimizer": trained.optimizer.state_dict(),
+            "scaler": None if trained.scaler is None else trained.scaler.state_dict(),
+            "ema": trained.ema,
         }
 
     def _load(self, tree: Mapping[str, Any]) -> None:
-        self._model.load_state_dict(tree["model"])
-        self._optimizer.load_state_dict(tree["optimizer"])
-        if self._scaler is not None:
-            self._scaler.load_state_dict(tree["scaler"])
-        if self._ema is not None:
-            for name, average in self._ema.tensors.items():
+        trained = self._trained
+        trained.model.load_state_dict(tree["model"])
+        trained.optimizer.load_state_dict(tree["optimizer"])
+        if trained.scaler is not None:
+            trained.scaler.load_state_dict(tree["scaler"])
+        if trained.ema is not None:
+            for name, average in trained.ema.items():
                 average.copy_(tree["ema"][name])
 
 

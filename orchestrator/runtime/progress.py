@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.types import BatchPlan, GradMeasured
+from orchestrator.core.ramp import InForce
+from orchestrator.types import ApplyPlan, BatchPlan, GradMeasured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """Before which step, at how many samples: the first step that the controller has not heard of."""
+    """Before which step, at how many samples seen."""
 
     step: int
     samples_seen: int
@@ -29,3 +30,16 @@ class FinishedStep:
     plan: BatchPlan
     spans: Sequence[tuple[int, int]]
     decides: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Where training begins or goes on."""
+
+    step: int
+    samples_seen: int
+    now: ApplyPlan
+    pending: ApplyPlan | None
+    in_force: InForce | None  # with the last step of the checkpoint
+    stop: str | None = None  # why no step is taken
+    last_batch: int = 0  # of the step just taken, where the group changed between that step and the next

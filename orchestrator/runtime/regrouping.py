@@ -23,11 +23,11 @@ from orchestrator.runtime.boundary import Boundary
 from orchestrator.runtime.collective import Apart, ChangingCollective
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.group import Groups, NotFormedError, is_lost_peer
-from orchestrator.runtime.history import History, Regroup, Resumed
 from orchestrator.runtime.live_state import LiveState
 from orchestrator.runtime.paid_time import process_age_s
-from orchestrator.runtime.progress import FinishedStep
+from orchestrator.runtime.progress import FinishedStep, Resumed
 from orchestrator.runtime.replica import Replica
+from orchestrator.runtime.succession import LiveMemory, Regroup, Succession
 from orchestrator.runtime.update import WeightUpdate
 from orchestrator.runtime.worker import Worker
 from orchestrator.types import ApplyPlan, BatchPlan, Target
@@ -59,7 +59,7 @@ class _Given:
     samples_seen: int
     last_batch: int
     in_force: InForce | None
-    memory: Mapping[str, Any]
+    memory: LiveMemory
     asked: Announcement
     in_part: Sequence[FinishedStep]
 
@@ -98,7 +98,7 @@ class Regrouping:
         state: LiveState,
         course: Course,
         boundary: Boundary,
-        history: History,
+        succession: Succession,
         dataset_size: int,
     ) -> None:
         self._membership = membership
@@ -110,20 +110,14 @@ class Regrouping:
         self._live_state = state
         self._course = course
         self._boundary = boundary
-        self._history = history
+        self._succession = succession
         self._dataset_size = dataset_size
-        self._generation = 0
+        self._generation = 0  # of the group that a launcher forms, and of none yet
         self._got: tuple[int, _Given] | None = (
             None  # the point and state that were reached in a group that broke at once
         )
         self.goal = 0  # the point at which the whole group goes on: who stands before it skips what lies between
         self.left = False  # this process is in no group any more
-
-    def begin(self) -> None:
-        """This process begins in the group that its launcher has formed."""
-        view = self._membership.latest()
-        assert view is not None, "a group was formed from it"
-        self._generation = view.generation
 
     def is_ours(self, error: BaseException) -> bool:
         """Whether ``error`` says that a rank is gone, so that the others may go on."""
@@ -170,8 +164,7 @@ class Regrouping:
         own = self._collective.rank
         stays = bool(self._collective.sum([float(own == 0 and view.rank_of(self._membership.member) == 0)])[0])
         if not stays:
-            memory = self._collective.share(self._history.hand_over() if own == 0 else None)
-            self._history.journal.noise.remember(memory)
+            self._succession.hand_over()
 
     def _settle(
         self,
@@ -237,8 +230,8 @@ class Regrouping:
         own = Standing(
             joins=at is None and self._got is None,
             point=self._got[0] if self._got is not None else -1 if at is None else at,
-            told=self._history.told.step,
-            writes=self._history.journal.is_open,
+            told=self._succession.told.step,
+            writes=self._succession.writes,
             age_s=process_age_s(),
             dataset_size=self._dataset_size,
             carried=self._membership.carry(),
@@ -256,7 +249,7 @@ class Regrouping:
         )
         self._live_state.spread(source=source, behind=behind)
         if behind or own.told < furthest.told:
-            self._history.remember_live(given.memory, joins=own.joins)
+            self._succession.remember(given.memory, joins=own.joins)
         carried = max((one.carried for one in standings), key=lambda one: tuple(one.values()))
         self._got = furthest.point, given
         self._membership.received(view, carried)
@@ -264,13 +257,13 @@ class Regrouping:
         change = Regroup(
             before=before or len(stay),
             takes_over=takes_over,
-            known=given.memory["recent"],
+            known=given.memory.recent,
             newcomers_s=sum(one.age_s for one in standings if one.joins),
             lost=None if lost is None else view.lost or lost,
             began_s=began_s,
             now=self._worker.now,
         )
-        welcome = self._history.regrouped(change, given.in_part)
+        welcome = self._succession.regrouped(change, given.in_part)
         self._course.begin(
             Resumed(
                 step=given.step,
@@ -287,14 +280,14 @@ class Regrouping:
 
     def _give(self, *, since: int, in_part: list[FinishedStep]) -> _Given:
         if self._got is not None:  # the course goes by it only once a group stands
-            return replace(self._got[1], memory=self._history.live_memory(since=since))
+            return replace(self._got[1], memory=self._succession.memory(since=since))
         state = self._course.state
         return _Given(
             step=state.step,
             samples_seen=state.samples_seen,
             last_batch=state.last_batch,
             in_force=state.in_force,
-            memory=self._history.live_memory(since=since),
+            memory=self._succession.memory(since=since),
             asked=self._boundary.asked,
             in_part=in_part,
         )

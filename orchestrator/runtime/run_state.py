@@ -11,6 +11,7 @@ from orchestrator.core.branching import BranchSettings
 from orchestrator.core.companions import Jump, StepScale
 from orchestrator.core.controller import Rules, is_decision_point
 from orchestrator.core.ramp import InForce, Ramp
+from orchestrator.runtime.progress import Moment
 from orchestrator.types import ApplyPlan, BatchPlan
 
 
@@ -117,6 +118,11 @@ class RunState:
         self.samples_seen += batch
         self.step += 1
         self.last_batch = batch
+
+    @property
+    def moment(self) -> Moment:
+        """Before the next step."""
+        return Moment(step=self.step, samples_seen=self.samples_seen)
 
     @property
     def is_over(self) -> bool:

@@ -16,8 +16,8 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import NonFiniteError, SessionError
 from orchestrator.measure.meter import Meter, Reading
 from orchestrator.runtime.boundary import Boundary
+from orchestrator.runtime.controller_talk import ControllerTalk
 from orchestrator.runtime.course import Course
-from orchestrator.runtime.history import History
 from orchestrator.runtime.parallel import ModelReplica
 from orchestrator.runtime.step import Step
 from orchestrator.runtime.update import WeightUpdate
@@ -37,7 +37,7 @@ class Setbacks:
         meter: Meter,
         course: Course,
         boundary: Boundary,
-        history: History,
+        talk: ControllerTalk,
     ) -> None:
         self._part_samples = config.optimizer.part_samples
         self._worker = worker
@@ -46,7 +46,7 @@ class Setbacks:
         self._meter = meter
         self._course = course
         self._boundary = boundary
-        self._history = history
+        self._talk = talk
 
     def give_up(self, step: Step, size: int) -> None:
         """A micro-batch of ``size`` samples ran out of memory on this rank; the others hear of it in ``go_on``."""
@@ -103,9 +103,7 @@ class Setbacks:
                 f"begin a new run with optimizer.part_samples: {limit} or less, or on a device with more memory"
             )
         state = self._course.state
-        planned = self._history.replan(
-            PlanRejected(max_micro_batch=limit), step=state.step, samples_seen=state.samples_seen
-        )
+        planned = self._talk.replan(PlanRejected(max_micro_batch=limit), at=state.moment)
         self._update.discard()
         self._course.adopt(planned.now)
         if state.next is not None:

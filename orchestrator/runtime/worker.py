@@ -56,6 +56,12 @@ class Worker:
         return self.collective.world_size
 
     @property
+    def controller(self) -> Brain:
+        """Rank zero's way to the controller."""
+        assert self.brain is not None, "only rank zero talks to the controller"
+        return self.brain
+
+    @property
     def workers_stay(self) -> bool:
         """Whether the fleet is what it is: only under Ray can workers come and go."""
         return self.runtime != "ray"

@@ -31,7 +31,7 @@ class Two:
 
 
 class Quiet:
-    """A history that is told of steps, and has no other wish than rank zero's about the next exchange."""
+    """A talk in which steps are told, with no other wish than rank zero's about the next exchange."""
 
     def speak(self, said: Announcement, *, decided_at: Sequence[int], rest_steps: int) -> Announcement:
         return replace(said, rest_steps=rest_steps)
