@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,12 @@ from orchestrator.core.curvature import CurvatureStats
 from orchestrator.errors import SessionError, StorageError, TaskError
 from orchestrator.measure.estimators import find_estimator
 from orchestrator.measure.meter import Reading
-from orchestrator.ports import Collective, Membership
+from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import StepSums
 from orchestrator.runtime.boundary import Boundary
 from orchestrator.runtime.branches import Branches
 from orchestrator.runtime.calibration import Calibration
-from orchestrator.runtime.collective import ChangingCollective, Solo
+from orchestrator.runtime.collective import Solo
 from orchestrator.runtime.course import Course
 from orchestrator.runtime.curvature import Curvature, LossOf
 from orchestrator.runtime.ema import EmaWeights
@@ -43,12 +43,12 @@ from orchestrator.runtime.exchange import Exchange, OwnStep
 from orchestrator.runtime.fitting import Fitting
 from orchestrator.runtime.group_noise import GroupNoise
 from orchestrator.runtime.history import History
-from orchestrator.runtime.live_state import LiveState
 from orchestrator.runtime.loader import PositionLoader
 from orchestrator.runtime.memory import is_out_of_memory
 from orchestrator.runtime.parallel import attach_of, meter_of, replica_of
-from orchestrator.runtime.regrouping import Regrouping, after_step, at_boundary, before_step, rehearsal
-from orchestrator.runtime.replica import Replica
+from orchestrator.runtime.peers import peers_of
+from orchestrator.runtime.points import after_step, before_step
+from orchestrator.runtime.regrouping import rehearsal
 from orchestrator.runtime.reproducible_step import ReproducibleStep
 from orchestrator.runtime.rng import SampleRandomness
 from orchestrator.runtime.rules import companions_from, rules_from
@@ -64,8 +64,6 @@ from orchestrator.tasks.protocol import check_dataset
 from orchestrator.types import BatchPlan
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @final
@@ -95,9 +93,8 @@ class Session:
         self.optimizer = optimizer
         self.finished = False
         collective, device = self.worker.collective, self.worker.device
-        membership = self.worker.membership
-        self._joins = membership is not None and membership.joins
-        if not self._joins:
+        joins = self.worker.membership is not None and self.worker.membership.joins
+        if not joins:
             _check_same_length(len(dataset), collective)
         rules = rules_from(config, dataset_size=len(dataset), workers_stay=self.worker.workers_stay)
         self._replica = replica_of(config, model=model, optimizer=optimizer, worker=self.worker)
@@ -225,10 +222,18 @@ class Session:
         )
         self._randomness = SampleRandomness(config.run.seed, device)
         self._step: Step | None = None
-        self._regrouping: Regrouping | None = None
-        if membership is not None:
-            self._regrouping = self._regrouping_of(membership, dataset_size=len(dataset), trained=trained)
-        if self._joins:
+        self._peers = peers_of(
+            self.worker,
+            trained=trained,
+            replica=self._replica,
+            update=self._update,
+            meter=self._meter,
+            course=self._course,
+            boundary=self._boundary,
+            succession=self._history.succession,
+            dataset_size=len(dataset),
+        )
+        if self._peers.rehearses:
             self._course.begin(rehearsal(rules))
             return
         resumed = self._history.begin(resume=resume)
@@ -272,13 +277,14 @@ class Session:
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
         """One item an optimizer step; each is an iterator over the micro-batches that this rank takes."""
-        if not self._joins:
-            self._fitting.check_asked()
-        if self._joins:
+        if self._peers.rehearses:
             yield self._micro_batches(self._begin_step())
-            self._join()
-        elif not self._boundary.is_last:
-            self._boundary.branches()  # due where the run stopped
+            self._step = None
+            self._peers.join()
+        else:
+            self._fitting.check_asked()
+            if not self._boundary.is_last:
+                self._boundary.branches()  # due where the run stopped
         while not self._boundary.is_last and not self.left:
             step = self._begin_step()
             yield self._micro_batches(step)
@@ -288,9 +294,9 @@ class Session:
                 raise SessionError(
                     f"step {self.step_number} was not finished: call session.step() after its micro-batches"
                 )
-            self._cross()
+            self._peers.cross()
         if not self.left:
-            self.finished = bool(self._survive(self._boundary.end, at=before_step(self.step_number)))
+            self.finished = bool(self._peers.outlive(self._boundary.end, at=before_step(self.step_number)))
 
     def find_micro_batch(self, loss_of: LossOf) -> None:
         """Collective, before the loop. Find the largest micro-batch that fits, where ``batch.find_micro_batch`` is set.
@@ -299,7 +305,7 @@ class Session:
         begins as if nothing had happened, in micro-batches of at most what was found. Does nothing in a run that goes
         on, which remembers it. Raises ``SessionError`` where not even one sample fits.
         """
-        if not self._joins:  # the others know it
+        if not self._peers.rehearses:  # the others know it
             self._fitting.find(loss_of)
 
     def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor | None:
@@ -316,7 +322,7 @@ class Session:
             return None
         size, last = step.take_micro_batch()
         averaged = 1 if self._reproducible is not None else self.worker.world_size  # ranks whose gradients DDP averages
-        self._beat(waits=last and self.worker.world_size > 1)
+        self._peers.beat(waits=last and self.worker.world_size > 1)
         started = False
         try:
             value = loss() if callable(loss) else loss
@@ -327,8 +333,8 @@ class Session:
             with self._update.part(share=size / step.plan.batch, loss_scale=step.loss_scale / divisor):
                 self._update.scaled(value / divisor).backward(backward_seed(value, weightless=step.weightless))
         except Exception as error:
-            if self._is_survived(error):
-                step.lost = _in_words(error)
+            step.lost = self._peers.lost(error)
+            if step.lost is not None:
                 return None
             if not is_out_of_memory(error) or not self._replica.can_give_up(in_backward=started, last=last):
                 raise
@@ -340,7 +346,7 @@ class Session:
         mean = value.detach()
         self._meter.end_micro_batch(size=size, loss=mean, loss_scale=step.loss_scale / divisor)
         self._groups.end_micro_batch(size=size, loss_scale=step.loss_scale / divisor)
-        if self._reproducible is not None and not self._joins:
+        if self._reproducible is not None and not self._peers.rehearses:
             self._reproducible.end_micro_batch()
         step.done += 1
         return mean
@@ -354,20 +360,20 @@ class Session:
         self._check_own_weights()
         step.check_complete(self.step_number)
         self._randomness.end()
-        if self._joins:
-            self._end_rehearsal(step)
+        if self._peers.rehearses:
+            self._peers.end_rehearsal(step)
             return
-        self._beat(waits=True)
+        self._peers.beat(waits=True)
         if step.lost is None:
             try:
                 self._take(step)
             except Exception as error:
-                if not self._is_survived(error):
+                step.lost = self._peers.lost(error)
+                if step.lost is None:
                     raise
-                step.lost = _in_words(error)
         if step.lost is not None:
-            self._recover(step)
-        self._beat(waits=False)
+            self._peers.recover(step)
+        self._peers.beat(waits=False)
 
     def _take(self, step: Step) -> None:
         if step.done == 0 or step.rejected is not None:
@@ -400,6 +406,20 @@ class Session:
             # Before anything else of the user's is called: a metric that raises must not cost what was trained.
             self._boundary.checkpoint(why="the end")
 
+    @property
+    def left(self) -> bool:
+        """Whether this worker was asked to go: the loop ends, and the others go on."""
+        return self._peers.left
+
+    @property
+    def rehearsing(self) -> bool:
+        """Whether the step at hand is a rehearsal, by a worker that has yet to join the others.
+
+        It takes real samples through the whole loop once, so that everything is loaded and compiled, and changes
+        nothing.
+        """
+        return self._peers.rehearses
+
     def request_stop(self, reason: str) -> None:
         """Stop soon, with a checkpoint. Any rank may ask; all stop together.
 
@@ -417,7 +437,7 @@ class Session:
         finished = self._step is not None and self._step.finished and not self.on_branch
         state = self._course.state
         due = state.passed(self.config.evaluation.every_samples) and not self._boundary.stops
-        return finished and (state.is_over or due) and not self._is_behind(after_step(self.step_number - 1))
+        return finished and (state.is_over or due) and not self._peers.are_beyond(self._behind_step)
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Within it the model has the averaged weights of ``train.ema_half_life_samples``, for an evaluation::
@@ -441,7 +461,7 @@ class Session:
             with self.ema_weights():
                 return metrics()
 
-        found = self._survive(averaged, at=after_step(self.step_number - 1))
+        found = self._peers.outlive(averaged, at=self._behind_step)
         if found is not None:
             self.record_evaluation(found)
 
@@ -459,7 +479,7 @@ class Session:
         state = self._course.state
         return (
             finished
-            and not self._is_behind(after_step(self.step_number - 1))
+            and not self._peers.are_beyond(self._behind_step)
             and not self._boundary.stops
             and not self.on_branch
             and state.passed(self.config.measure.curvature_every_samples)
@@ -488,14 +508,14 @@ class Session:
         # Their hooks would see the gradients computed here; the next step attaches them again.
         self._meter.close()
         self._groups.close()
-        return self._survive(
+        return self._peers.outlive(
             lambda: self._curvature.measure(
                 loss_of,
                 micro_batch=self._course.state.plan.micro_batch,
                 step=self.step_number - 1,
                 samples_seen=self.samples_seen,
             ),
-            at=after_step(self.step_number - 1),
+            at=self._behind_step,
         )
 
     def close(self) -> None:
@@ -523,100 +543,6 @@ class Session:
                 raise
             logger.error("%s", lost)  # what training ended with is raised
 
-    # Where the group changes while training goes on
-
-    @property
-    def left(self) -> bool:
-        """Whether this worker was asked to go: the loop ends, and the others go on."""
-        return self._regrouping is not None and self._regrouping.left
-
-    @property
-    def rehearsing(self) -> bool:
-        """Whether the step at hand is a rehearsal, by a worker that has yet to join the others.
-
-        It takes real samples through the whole loop once, so that everything is loaded and compiled, and changes
-        nothing.
-        """
-        return self._joins
-
-    def _regrouping_of(self, membership: Membership, *, dataset_size: int, trained: Trained) -> Regrouping:
-        collective, groups = self.worker.collective, self.worker.groups
-        assert isinstance(collective, ChangingCollective), "a membership comes with one"
-        assert groups is not None, "a membership comes with them"
-        assert isinstance(self._replica, Replica), "the launcher gives none where the model is sharded"
-        state = LiveState(
-            trained=trained,
-            device=self.worker.device,
-            collective=collective,
-        )
-        return Regrouping(
-            membership,
-            groups,
-            worker=self.worker,
-            collective=collective,
-            replica=self._replica,
-            update=self._update,
-            state=state,
-            course=self._course,
-            boundary=self._boundary,
-            succession=self._history.succession,
-            dataset_size=dataset_size,
-        )
-
-    def _end_rehearsal(self, step: Step) -> None:
-        self._meter.read(grad_scale=step.loss_scale)
-        self._update.discard()
-        self._replica.restore_buffers()
-        step.finished = True
-
-    def _join(self) -> None:
-        assert self._regrouping is not None
-        self._step = None
-        self._regrouping.join()
-        self._joins = False
-
-    def _is_survived(self, error: BaseException) -> bool:
-        return self._regrouping is not None and not self._joins and self._regrouping.is_ours(error)
-
-    def _is_behind(self, point: int) -> bool:
-        """Whether the others were beyond that point of the run when they went on together, so that it is skipped."""
-        return self._regrouping is not None and self._regrouping.goal > point
-
-    def _recover(self, step: Step) -> None:
-        """Go on without those that are gone; the step comes again, unless one of those that are left has taken it."""
-        assert self._regrouping is not None
-        assert step.lost is not None
-        why, step.lost = step.lost, None
-        self._meter.begin_step(measure=False)
-        if not step.finished:
-            self._replica.restore_buffers()
-        self._course.take_back()  # a branch that was under way is given up, and has no points of the run
-        taken, number = step.finished, self.step_number - step.finished
-        self._regrouping.recover(why, point=after_step(number) if taken else before_step(number))
-        step.finished = self._is_behind(before_step(number))
-        step.again = not step.finished
-
-    def _survive(self, work: Callable[[], T], *, at: int) -> T | None:
-        """Do ``work`` at that point of the run, again where a worker is lost; ``None`` where the others were beyond."""
-        while True:
-            try:
-                return work()
-            except Exception as error:
-                if self._regrouping is None or not self._is_survived(error):
-                    raise
-                why = _in_words(error)
-            self._regrouping.recover(why, point=at)
-            if self._is_behind(at) or self.left:
-                return None
-
-    def _cross(self) -> None:
-        here = at_boundary(self._course.run_step - 1)
-        self._beat(waits=True)
-        view = None if self._is_behind(here) else self._survive(self._boundary.cross, at=here)
-        if view is not None and self._regrouping is not None:
-            self._regrouping.change(view, point=before_step(self._course.run_step))
-        self._beat(waits=False)
-
     # One step, in order
 
     def _check_own_weights(self) -> None:
@@ -624,14 +550,15 @@ class Session:
             self._ema.check_not_in_place()
 
     @property
+    def _behind_step(self) -> int:
+        """The point of the run behind the step just taken."""
+        return after_step(self.step_number - 1)
+
+    @property
     def _at_hand(self) -> Step:
         if self._step is None:
             raise SessionError("no step has begun: backward() and step() belong inside the loop over the session")
         return self._step
-
-    def _beat(self, *, waits: bool) -> None:
-        if self.worker.membership is not None:
-            self.worker.membership.beat(waits=waits)
 
     def _begin_step(self) -> Step:
         self._course.adopt_due()
@@ -652,7 +579,7 @@ class Session:
         self._update.begin_step()
         self._groups.begin_step(measure=measured and plan.num_micro_batches >= 2)
         self._replica.begin_step(again=repeats)
-        if self._reproducible is not None and not self._joins:
+        if self._reproducible is not None and not self._peers.rehearses:
             self._reproducible.begin(plan)
         return self._step
 
@@ -664,7 +591,7 @@ class Session:
             batch = move(samples, self.worker.device, non_blocking=True)
             # Dropout belongs to the samples, not to the rank that happens to compute them.
             self._randomness.begin(position)
-            if self._reproducible is not None and not self._joins:
+            if self._reproducible is not None and not self._peers.rehearses:
                 self._reproducible.begin_micro_batch()
             with self._replica.synchronising(last):
                 step.micro = (size, last)
@@ -697,11 +624,6 @@ class Session:
             step_time_s=self.worker.now() - step.began_s,
             decides=self._course.state.decides,
         )
-
-
-def _in_words(error: BaseException) -> str:
-    """Without the exception itself, whose traceback would keep the group alive that it came from."""
-    return f"{type(error).__name__}: {error}"
 
 
 def _check_same_length(size: int, collective: Collective) -> None:

@@ -45,8 +45,15 @@ class NotFormedError(GroundswellError):
     """A group that was not formed: a member did not come, or the view was overtaken by a newer one."""
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` is what an exchange raises when another member is gone."""
+def lost_peer(error: BaseException) -> str | None:
+    """``error`` in words, if it is what an exchange raises when another member is gone.
+
+    Without the exception itself, whose traceback would keep the group alive that it came from.
+    """
+    return f"{type(error).__name__}: {error}" if _is_lost_peer(error) else None
+
+
+def _is_lost_peer(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -22,9 +22,10 @@ from orchestrator.runtime.announcement import Announcement
 from orchestrator.runtime.boundary import Boundary
 from orchestrator.runtime.collective import Apart, ChangingCollective
 from orchestrator.runtime.course import Course
-from orchestrator.runtime.group import Groups, NotFormedError, is_lost_peer
+from orchestrator.runtime.group import Groups, NotFormedError, lost_peer
 from orchestrator.runtime.live_state import LiveState
 from orchestrator.runtime.paid_time import process_age_s
+from orchestrator.runtime.points import steps_at
 from orchestrator.runtime.progress import FinishedStep, Resumed
 from orchestrator.runtime.replica import Replica
 from orchestrator.runtime.succession import LiveMemory, Regroup, Succession
@@ -43,7 +44,7 @@ class Standing:
     """Where one member of a new group stands."""
 
     joins: bool
-    point: int  # of the run; see ``Regrouping``
+    point: int  # of the run
     told: int  # steps of which it knows what all ranks measured
     writes: bool  # the run's folder
     age_s: float  # of its process
@@ -62,24 +63,6 @@ class _Given:
     memory: LiveMemory
     asked: Announcement
     in_part: Sequence[FinishedStep]
-
-
-# Points of the run: before step n is taken, then while the caller evaluates what it came to, then at the boundary.
-def before_step(number: int) -> int:
-    return 3 * number
-
-
-def after_step(number: int) -> int:
-    return 3 * number + 1
-
-
-def at_boundary(number: int) -> int:
-    return 3 * number + 2
-
-
-def steps_at(point: int) -> int:
-    """How many steps were taken there."""
-    return -(-point // 3)
 
 
 @final
@@ -119,10 +102,6 @@ class Regrouping:
         self.goal = 0  # the point at which the whole group goes on: who stands before it skips what lies between
         self.left = False  # this process is in no group any more
 
-    def is_ours(self, error: BaseException) -> bool:
-        """Whether ``error`` says that a rank is gone, so that the others may go on."""
-        return is_lost_peer(error)
-
     def join(self) -> None:
         """This process has warmed up: wait to be taken in. Returns without a group if it is never needed."""
         self._membership.ready()
@@ -140,9 +119,9 @@ class Regrouping:
         try:
             self._hand_over(view)
         except Exception as error:
-            if not self.is_ours(error):
+            why = lost_peer(error)
+            if why is None:
                 raise
-            why = f"{type(error).__name__}: {error}"
         if why is not None:
             self.recover(why, point=point)
             return
@@ -218,9 +197,10 @@ class Regrouping:
         except NotFormedError as error:
             return str(error)
         except Exception as error:
-            if not self.is_ours(error):
+            why = lost_peer(error)
+            if why is None:
                 raise
-            return f"{type(error).__name__}: {error}"
+            return why
         return None
 
     def _agree(
