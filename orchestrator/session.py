@@ -25,40 +25,19 @@ from torch import Tensor, nn
 
 from orchestrator.config import RunConfig
 from orchestrator.core.companions import StepScale
-from orchestrator.core.cursor import Stream
 from orchestrator.core.curvature import CurvatureStats
-from orchestrator.errors import SessionError, StorageError, TaskError
-from orchestrator.measure.estimators import find_estimator
+from orchestrator.errors import SessionError, StorageError
 from orchestrator.measure.meter import Reading
-from orchestrator.ports import Collective
 from orchestrator.runtime.announcement import StepSums
-from orchestrator.runtime.boundary import Boundary
-from orchestrator.runtime.branches import Branches
-from orchestrator.runtime.calibration import Calibration
-from orchestrator.runtime.collective import Solo
-from orchestrator.runtime.course import Course
-from orchestrator.runtime.curvature import Curvature, LossOf
-from orchestrator.runtime.ema import EmaWeights
-from orchestrator.runtime.exchange import Exchange, OwnStep
-from orchestrator.runtime.fitting import Fitting
-from orchestrator.runtime.group_noise import GroupNoise
-from orchestrator.runtime.history import History
-from orchestrator.runtime.loader import PositionLoader
+from orchestrator.runtime.assembly import assemble
+from orchestrator.runtime.curvature import LossOf
+from orchestrator.runtime.exchange import OwnStep
 from orchestrator.runtime.memory import is_out_of_memory
-from orchestrator.runtime.parallel import attach_of, meter_of, replica_of
-from orchestrator.runtime.peers import peers_of
 from orchestrator.runtime.points import after_step, before_step
 from orchestrator.runtime.regrouping import rehearsal
-from orchestrator.runtime.reproducible_step import ReproducibleStep
-from orchestrator.runtime.rng import SampleRandomness
-from orchestrator.runtime.rules import companions_from, rules_from
-from orchestrator.runtime.setbacks import Setbacks
 from orchestrator.runtime.sharding import is_sharded
 from orchestrator.runtime.step import Step, backward_seed, check_loss
-from orchestrator.runtime.trained import Trained
-from orchestrator.runtime.transfer import move
-from orchestrator.runtime.trials import Trials
-from orchestrator.runtime.update import WeightUpdate, check_parts
+from orchestrator.runtime.update import check_parts
 from orchestrator.runtime.worker import Worker, local_worker
 from orchestrator.tasks.protocol import check_dataset
 from orchestrator.types import BatchPlan
@@ -92,149 +71,33 @@ class Session:
         self.worker = local_worker(config) if worker is None else worker
         self.optimizer = optimizer
         self.finished = False
-        collective, device = self.worker.collective, self.worker.device
-        joins = self.worker.membership is not None and self.worker.membership.joins
-        if not joins:
-            _check_same_length(len(dataset), collective)
-        rules = rules_from(config, dataset_size=len(dataset), workers_stay=self.worker.workers_stay)
-        self._replica = replica_of(config, model=model, optimizer=optimizer, worker=self.worker)
-        self._update = WeightUpdate(
-            optimizer,
-            model.parameters(),
-            scaler=grad_scaler,
-            max_grad_norm=config.train.max_grad_norm,
-            device=device,
-            collective=Solo()
-            if config.train.reproducible
-            else collective,  # what the parts say is summed with the rest
-            base_batch=rules.base_batch,
-            companions=companions_from(config),
-        )
-        self._reproducible: ReproducibleStep | None = None
-        if config.train.reproducible:
-            self._reproducible = ReproducibleStep(model, totals=self._update.part_totals, collective=collective)
-        half_life = config.train.ema_half_life_samples
-        self._ema = None if half_life is None else EmaWeights(model, half_life_samples=half_life)
-        self._estimator = find_estimator(config.measure.estimator)
-        self._meter = meter_of(config, model=model, trained=self._update.trained, replica=self._replica)
-        self._calibration = Calibration(config.measure.calibration_samples, meter=self._meter)
-        self._loader = PositionLoader(
-            dataset,
-            collate,
-            index_of=Stream(size=len(dataset), seed=config.run.seed).indices,
-            seed=config.run.seed,
-            loader_workers=config.data.loader_workers,
-            prefetch=config.data.prefetch,
-            pin_memory=config.data.pin_memory,
-            seed_each_sample=config.data.seed_each_sample,
-        )
-        trained = Trained(
-            model=self._replica.model,
-            optimizer=optimizer,
-            scaler=grad_scaler,
-            ema=None if self._ema is None else self._ema.tensors,
-        )
-        self._history = History(
+        parts = assemble(
             config,
             worker=self.worker,
-            trained=trained,
-            rules=rules,
-            dataset_size=len(dataset),
-            calibration=self._calibration,
-        )
-        journal, talk = self._history.journal, self._history.talk
-        self._groups = GroupNoise(
-            config,
-            model=model,
-            optimizer=optimizer,
-            trained=self._update.trained,
-            collective=collective,
-            journal=journal,
-            attach=attach_of(self._replica),
-        )
-        self._curvature = Curvature(
-            config,
-            model=self._replica.model,
-            parameters=self._update.trained,
-            dataset=dataset,
-            collate=collate,
-            worker=self.worker,
-            journal=journal,
-        )
-        branches = Branches(
-            rules.branching,
             model=model,
             optimizer=optimizer,
             scaler=grad_scaler,
-            collective=collective,
-            device=device,
-        )
-        self._course = Course(
-            config,
-            rules,
-            collective=collective,
-            branches=branches,
-            loader=self._loader,
-            update=self._update,
-            journal=journal,
-        )
-        self._boundary = Boundary(
-            config,
-            worker=self.worker,
-            course=self._course,
-            exchange=Exchange(collective, talk, self._calibration, lag_steps=rules.lag_steps, act=rules.act),
-            groups=self._groups,
-            saving=self._history.saving,
-            talk=talk,
-            history=self._history,
-            passes_over_non_finite=grad_scaler is not None,
-        )
-        self._setbacks = Setbacks(
-            config,
-            worker=self.worker,
-            replica=self._replica,
-            update=self._update,
-            meter=self._meter,
-            course=self._course,
-            boundary=self._boundary,
-            talk=talk,
-        )
-        trials = Trials(
-            config,
-            model=self._replica.model,
-            optimizer=optimizer,
             dataset=dataset,
             collate=collate,
-            worker=self.worker,
-            update=self._update,
-            meter=self._meter,
-            groups=self._groups,
         )
-        self._fitting = Fitting(
-            config,
-            rules,
-            dataset_size=len(dataset),
-            worker=self.worker,
-            trials=trials,
-            course=self._course,
-            journal=journal,
-            talk=talk,
-        )
-        self._randomness = SampleRandomness(config.run.seed, device)
+        self._replica = parts.replica
+        self._update = parts.update
+        self._reproducible = parts.reproducible
+        self._ema = parts.ema
+        self._meter = parts.meter
+        self._calibration = parts.calibration
+        self._groups = parts.groups
+        self._curvature = parts.curvature
+        self._history = parts.history
+        self._course = parts.course
+        self._boundary = parts.boundary
+        self._setbacks = parts.setbacks
+        self._fitting = parts.fitting
+        self._peers = parts.peers
+        self._feed = parts.feed
         self._step: Step | None = None
-        self._peers = peers_of(
-            self.worker,
-            trained=trained,
-            replica=self._replica,
-            update=self._update,
-            meter=self._meter,
-            course=self._course,
-            boundary=self._boundary,
-            succession=self._history.succession,
-            dataset_size=len(dataset),
-        )
         if self._peers.rehearses:
-            self._course.begin(rehearsal(rules))
+            self._course.begin(rehearsal(parts.rules))
             return
         resumed = self._history.begin(resume=resume)
         self._course.begin(resumed)
@@ -275,10 +138,24 @@ class Session:
         """What schedule and rule multiply the base learning rates by in the step at hand, from the samples seen."""
         return self._course.state.scale(self._at_hand.plan.batch).lr
 
+    @property
+    def left(self) -> bool:
+        """Whether this worker was asked to go: the loop ends, and the others go on."""
+        return self._peers.left
+
+    @property
+    def rehearsing(self) -> bool:
+        """Whether the step at hand is a rehearsal, by a worker that has yet to join the others.
+
+        It takes real samples through the whole loop once, so that everything is loaded and compiled, and changes
+        nothing.
+        """
+        return self._peers.rehearses
+
     def __iter__(self) -> Iterator[Iterator[Any]]:
         """One item an optimizer step; each is an iterator over the micro-batches that this rank takes."""
         if self._peers.rehearses:
-            yield self._micro_batches(self._begin_step())
+            yield self._feed.micro_batches(self._begin_step())
             self._step = None
             self._peers.join()
         else:
@@ -287,7 +164,7 @@ class Session:
                 self._boundary.branches()  # due where the run stopped
         while not self._boundary.is_last and not self.left:
             step = self._begin_step()
-            yield self._micro_batches(step)
+            yield self._feed.micro_batches(step)
             if step.again:
                 continue
             if not step.finished:
@@ -359,7 +236,7 @@ class Session:
         step = self._at_hand
         self._check_own_weights()
         step.check_complete(self.step_number)
-        self._randomness.end()
+        self._feed.end()
         if self._peers.rehearses:
             self._peers.end_rehearsal(step)
             return
@@ -374,51 +251,6 @@ class Session:
         if step.lost is not None:
             self._peers.recover(step)
         self._peers.beat(waits=False)
-
-    def _take(self, step: Step) -> None:
-        if step.done == 0 or step.rejected is not None:
-            self._replica.take_part(spoil=step.rejected is not None)
-        if self._reproducible is not None:
-            self._reproducible.finish(spoil=step.rejected is not None)
-        reading = self._meter.read(grad_scale=step.loss_scale)
-        if self._reproducible is not None:
-            reading = self._reproducible.summable(reading)
-        if (step.rejected is not None or not reading.grad_is_finite) and not self._setbacks.go_on(step, reading):
-            return
-        state = self._course.state
-        scale = state.scale(step.plan.batch)
-        self._groups.read(grad_scale=step.loss_scale)
-        self._update.apply(scale)
-        step.finished = True
-        self._course.took(step.plan.batch, loss_sum=step.loss_sum(reading))
-        if self.on_branch:
-            return
-        if self._ema is not None:
-            self._ema.update(step.plan.batch, samples_seen=self.samples_seen)
-        own = self._own(step, reading, scale)
-        self._boundary.took(own)
-        if self.evaluation_due:
-            self._boundary.settle()  # where a stop may be heard, and no evaluation be due any more
-        if self._calibration.is_over(self.samples_seen):
-            self._boundary.settle()
-            self._calibration.conclude(self._history.journal, step=own.step, samples_seen=self.samples_seen)
-        if state.is_over:
-            # Before anything else of the user's is called: a metric that raises must not cost what was trained.
-            self._boundary.checkpoint(why="the end")
-
-    @property
-    def left(self) -> bool:
-        """Whether this worker was asked to go: the loop ends, and the others go on."""
-        return self._peers.left
-
-    @property
-    def rehearsing(self) -> bool:
-        """Whether the step at hand is a rehearsal, by a worker that has yet to join the others.
-
-        It takes real samples through the whole loop once, so that everything is loaded and compiled, and changes
-        nothing.
-        """
-        return self._peers.rehearses
 
     def request_stop(self, reason: str) -> None:
         """Stop soon, with a checkpoint. Any rank may ask; all stop together.
@@ -520,8 +352,7 @@ class Session:
 
     def close(self) -> None:
         self._course.take_back()  # where the loop was left in the midst of a branch: the model is the run's again
-        self._randomness.end()
-        self._loader.close()
+        self._feed.close()
         self._meter.close()
         self._update.close()
         self._groups.close()
@@ -561,46 +392,39 @@ class Session:
         return self._step
 
     def _begin_step(self) -> Step:
-        self._course.adopt_due()
-        plan = self._course.state.plan_of_step()
-        measured = self._estimator.parts(plan) >= 2 and self.step_number % self.config.measure.every_steps == 0
-        measured = measured and not self.on_branch
-        repeats = self._step is not None and self._step.again
-        rank = max(0, self.worker.rank)  # one that is in no group yet rehearses by itself
-        self._step = Step(
-            plan=plan,
-            spans=plan.spans(rank),
-            company=self._replica.company(plan, rank),
-            measured=measured,
-            loss_scale=self._update.loss_scale,
-            began_s=self.worker.now(),
-        )
-        self._meter.begin_step(measure=measured)
-        self._update.begin_step()
-        self._groups.begin_step(measure=measured and plan.num_micro_batches >= 2)
-        self._replica.begin_step(again=repeats)
-        if self._reproducible is not None and not self._peers.rehearses:
-            self._reproducible.begin(plan)
+        self._step = self._feed.begin(again=self._step is not None and self._step.again)
         return self._step
 
-    def _micro_batches(self, step: Step) -> Iterator[Any]:
-        for number, (offset, size) in enumerate((*step.spans, *step.company)):
-            position, last = self.samples_seen + offset, number == len(step.spans) - 1
-            step.weightless = number >= len(step.spans)
-            samples = self._loader.take(position, size, off_course=step.weightless)
-            batch = move(samples, self.worker.device, non_blocking=True)
-            # Dropout belongs to the samples, not to the rank that happens to compute them.
-            self._randomness.begin(position)
-            if self._reproducible is not None and not self._peers.rehearses:
-                self._reproducible.begin_micro_batch()
-            with self._replica.synchronising(last):
-                step.micro = (size, last)
-                yield batch
-            self._randomness.end()
-            if step.is_given_up:
-                return
-            if step.micro is not None:
-                raise SessionError("a micro-batch was passed over: call session.backward() once for each")
+    def _take(self, step: Step) -> None:
+        if step.done == 0 or step.rejected is not None:
+            self._replica.take_part(spoil=step.rejected is not None)
+        if self._reproducible is not None:
+            self._reproducible.finish(spoil=step.rejected is not None)
+        reading = self._meter.read(grad_scale=step.loss_scale)
+        if self._reproducible is not None:
+            reading = self._reproducible.summable(reading)
+        if (step.rejected is not None or not reading.grad_is_finite) and not self._setbacks.go_on(step, reading):
+            return
+        state = self._course.state
+        scale = state.scale(step.plan.batch)
+        self._groups.read(grad_scale=step.loss_scale)
+        self._update.apply(scale)
+        step.finished = True
+        self._course.took(step.plan.batch, loss_sum=step.loss_sum(reading))
+        if self.on_branch:
+            return
+        if self._ema is not None:
+            self._ema.update(step.plan.batch, samples_seen=self.samples_seen)
+        own = self._own(step, reading, scale)
+        self._boundary.took(own)
+        if self.evaluation_due:
+            self._boundary.settle()  # where a stop may be heard, and no evaluation be due any more
+        if self._calibration.is_over(self.samples_seen):
+            self._boundary.settle()
+            self._calibration.conclude(self._history.journal, step=own.step, samples_seen=self.samples_seen)
+        if state.is_over:
+            # Before anything else of the user's is called: a metric that raises must not cost what was trained.
+            self._boundary.checkpoint(why="the end")
 
     def _own(self, step: Step, reading: Reading, scale: StepScale) -> OwnStep:
         """The step just taken, as this rank knows it."""
@@ -612,7 +436,7 @@ class Session:
             spans=[(before + offset, size) for offset, size in step.spans],
             lr=self._update.lr,
             rule_lr=self._update.base_lr * scale.lr,
-            parts=self._estimator.parts(step.plan),
+            parts=step.parts,
             measured=step.measured,
             mean_grad_sq=reading.mean_grad_sq,
             part_mean_grad_sq=None if part is None else part.mean_grad_sq,
@@ -623,15 +447,4 @@ class Session:
             ),
             step_time_s=self.worker.now() - step.began_s,
             decides=self._course.state.decides,
-        )
-
-
-def _check_same_length(size: int, collective: Collective) -> None:
-    mine = [0.0] * collective.world_size
-    mine[collective.rank] = float(size)
-    sizes = [int(x) for x in collective.sum(mine)]
-    if len(set(sizes)) > 1:
-        raise TaskError(
-            f"the ranks' data sets differ in length ({', '.join(map(str, sizes))} samples): each rank must see "
-            "the same data, all of it; the samples are shared out by position"
         )

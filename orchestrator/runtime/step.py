@@ -20,6 +20,7 @@ class Step:
 
     plan: BatchPlan
     spans: tuple[tuple[int, int], ...]  # (offset from the step's first position, size) of each micro-batch taken here
+    parts: int  # over all ranks, that its gradients are compared between
     measured: bool
     loss_scale: float  # of AMP
     began_s: float
