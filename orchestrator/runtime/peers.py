@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar, final
 
 from orchestrator.measure.meter import Meter
 from orchestrator.ports import Membership
+from orchestrator.runtime.agreement import Agreement
 from orchestrator.runtime.boundary import Boundary
 from orchestrator.runtime.collective import ChangingCollective
 from orchestrator.runtime.course import Course
@@ -165,7 +166,6 @@ class ChangingPeers:
         self._meter.begin_step(measure=False)
         if not step.finished:
             self._replica.restore_buffers()
-        self._course.take_back()  # a branch that was under way is given up, and has no points of the run
         taken, number = step.finished, self._course.run_step - step.finished
         self._regrouping.recover(why, point=after_step(number) if taken else before_step(number))
         step.finished = self.are_beyond(before_step(number))
@@ -208,6 +208,16 @@ def peers_of(
     assert isinstance(worker.collective, ChangingCollective), "a membership comes with one"
     assert worker.groups is not None, "a membership comes with them"
     assert isinstance(replica, Replica), "the launcher gives none where the model is sharded"
+    agreement = Agreement(
+        worker.membership,
+        worker=worker,
+        replica=replica,
+        state=LiveState(trained=trained, device=worker.device, collective=worker.collective),
+        course=course,
+        boundary=boundary,
+        succession=succession,
+        dataset_size=dataset_size,
+    )
     regrouping = Regrouping(
         worker.membership,
         worker.groups,
@@ -215,11 +225,10 @@ def peers_of(
         collective=worker.collective,
         replica=replica,
         update=update,
-        state=LiveState(trained=trained, device=worker.device, collective=worker.collective),
         course=course,
         boundary=boundary,
         succession=succession,
-        dataset_size=dataset_size,
+        agreement=agreement,
     )
     return ChangingPeers(
         worker.membership,
