@@ -32,11 +32,6 @@ class ModelReplica(Protocol):
         """What the user calls."""
         ...
 
-    @property
-    def fixed_group(self) -> str | None:
-        """Why this replica cannot go on with other ranks; ``None`` for one that can."""
-        ...
-
     def company(self, plan: BatchPlan, rank: int) -> tuple[tuple[int, int], ...]:
         """``(offset, size)`` of what a rank computes after its own micro-batches of a step, with weight zero."""
         ...

@@ -117,11 +117,6 @@ class Replica:
         """With the group at hand."""
         return self.model if self._ddp is None else self._ddp
 
-    @property
-    def fixed_group(self) -> None:
-        """Any ranks can go on with it: each has the whole model."""
-        return None
-
     def company(self, plan: BatchPlan, rank: int) -> tuple[tuple[int, int], ...]:
         """A rank computes its own micro-batches alone; one without any joins in with ``take_part``."""
         return ()

@@ -62,11 +62,6 @@ class ShardedReplica:
     def module(self) -> nn.Module:
         return self.model
 
-    @property
-    def fixed_group(self) -> str | None:
-        """Why this replica cannot go on with other ranks; ``None`` for one that can."""
-        return "each rank holds a shard of the weights that no other has, so other ranks begin from a checkpoint"
-
     def company(self, plan: BatchPlan, rank: int) -> tuple[tuple[int, int], ...]:
         """``(offset, size)`` of what this rank computes after its own micro-batches, with weight zero."""
         self._own_left, self._passes_left = len(plan.run(rank)), plan.accum_steps
