@@ -54,11 +54,11 @@ class Boundary:
         self._passes_over_non_finite = passes_over_non_finite
         self._asked = Announcement()  # what was heard and not done yet
         self._stop_reason: str | None = None  # asked for on this rank
-        self._stopped: str | None = None  # on all
+        self._stopped = False  # on all
 
     def begin(self, *, stop: str | None) -> None:
         """``stop`` says why no step is taken, where none is."""
-        self._stopped = stop
+        self._stopped = stop is not None
 
     def request_stop(self, reason: str) -> None:
         self._stop_reason = reason
@@ -66,12 +66,12 @@ class Boundary:
     @property
     def is_last(self) -> bool:
         """Whether no further step begins here."""
-        return self._state.is_over or self._stopped is not None
+        return self._state.is_over or self._stopped
 
     @property
     def stops(self) -> bool:
         """Whether a stop was heard, the same on all ranks."""
-        return self._asked.stop or self._stopped is not None
+        return self._asked.stop or self._stopped
 
     @property
     def asked(self) -> Announcement:
@@ -146,7 +146,9 @@ class Boundary:
         """Collective. Save, and write down how the run ended; whether it reached its last sample."""
         self.settle()
         state = self._state
-        path = self._history.end(state.moment, in_force=state.in_force, finished=state.is_over, reason=self._stopped)
+        path = self._history.end(
+            state.moment, in_force=state.in_force, finished=state.is_over, reason=self._stop_reason
+        )
         self._worker.report_checkpoint(path)
         return state.is_over
 
@@ -191,7 +193,7 @@ class Boundary:
         elif due:
             self._save_regularly()
         if heard.stop:
-            self._stopped = self._stop_reason or "another rank was asked to stop"
+            self._stopped = True
         elif heard.regroup and self._saving.is_under_way:
             self._asked = Announcement(regroup=True)  # once that is written: who writes it may be one who leaves
         elif heard.regroup:

@@ -205,18 +205,21 @@ class History:
         return path
 
     def _say_stopped(self, at: Moment, reason: str | None) -> None:
+        """``reason`` is that of this rank, where it was the one that was asked to stop."""
         budget, trouble = self.talk.stop_reason, self.talk.storage_trouble
         ordered = budget is None and self._desk.wants_stop
+        request = self._folder / folder.STOP_REQUEST
+        asked = f"asked to by {request.name} in the run's folder" if request.exists() else "another rank was asked to"
         self.journal.event(
             "stopped",
-            reason=budget or trouble or ("by order" if ordered else reason or "asked to"),
+            reason=budget or trouble or ("by order" if ordered else reason or asked),
             step=at.step,
             samples_seen=at.samples_seen,
             budget_worker_hours=None if budget is None else self._config.budget.limit_worker_hours,
             ordered=ordered,
         )
         if self.journal.is_open:
-            (self._folder / folder.STOP_REQUEST).unlink(missing_ok=True)
+            request.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let what is being written be written, where training has failed meanwhile, and close the journal."""
