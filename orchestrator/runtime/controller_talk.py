@@ -63,9 +63,12 @@ class ControllerTalk:
 
     # As rank zero begins to speak
 
-    def begin(self, welcome: Welcome, *, at: Moment) -> None:
-        """Rank zero's: the controller has heard of all before that moment, and welcomed the run."""
+    def begin_at(self, at: Moment) -> None:
+        """All that was before that moment is known; to any rank, for each may have to go on in rank zero's place."""
         self._told = at
+
+    def begin(self, welcome: Welcome) -> None:
+        """Rank zero's: the controller has welcomed the run."""
         self.welcomed(welcome)
         self.attend()
 

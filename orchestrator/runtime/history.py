@@ -136,6 +136,7 @@ class History:
         if path is not None:
             found = self._meta.take_up(meta, path)
             self.saving.saved_step = found.at.step
+        self.talk.begin_at(found.at)
         # The plan is shared by rank zero, so that all begin alike whatever their own view of the fleet.
         met: _Met | Exception | None = None
         if self._worker.rank == 0:
@@ -177,7 +178,7 @@ class History:
             welcome, self._trained.model, checkpoint=found.checkpoint, step=at.step, samples_seen=at.samples_seen
         )
         try:
-            self.talk.begin(welcome, at=at)
+            self.talk.begin(welcome)
         except NOT_OF_THIS_VERSION as error:
             raise events_of_another_version(self._folder, error) from error
         if found.changes:

@@ -50,6 +50,8 @@ def part(rank: int, path: str, asynchronous: bool, resume: bool, stop: int | Non
     with Session(
         settings, model=model, optimizer=optimizer, dataset=blobs(), worker=worker, resume=resume
     ) as session:
+        # Known to each, for any of them may have to go on in rank zero's place.
+        assert session._history.succession.told.step == session.step_number
         for step in session:
             for samples in step:
                 time.sleep(0.004 * (rank + 1))
