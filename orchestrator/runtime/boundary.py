@@ -190,7 +190,7 @@ class Boundary:
             path = self.checkpoint(why="asked for")
             if path is not None:
                 self._worker.report_checkpoint(path)
-        elif due:
+        elif due and not heard.regroup:  # it would wait for this one to be written, and so for ever
             self._save_regularly()
         if heard.stop:
             self._stopped = True

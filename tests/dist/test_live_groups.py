@@ -132,6 +132,7 @@ def train(
     dies_at: int | None,
     fails_in: int = 0,
     branched: bool = False,
+    save_every: int | None = None,
 ) -> tuple[int, list[float], Any, int] | None:
     """Steps taken, all weights, what is known of the noise by layer, and how many batches the BatchNorm layer counted,
     or where the first branch began. ``None`` of the rank that is lost.
@@ -149,7 +150,7 @@ def train(
         path,
         train={"samples": 12 * 120},
         batch={"initial": 12, "micro_batch": 4, "max": 24 if branched else 12},
-        checkpoint={"every_samples": None},
+        checkpoint={"every_samples": save_every},
         evaluation={"every_samples": None},
         measure={"groups": "layers"},
         controller=BRANCHED if branched else {},
@@ -205,6 +206,14 @@ def test_a_newcomer_to_several_ranks_exchanges_when_they_do(tmp_path: Path) -> N
     found = run_fleet(train, 3, str(tmp_path), [[0, 1], [0, 1, 2]], False, None)
     assert found[0] == found[1] == found[2]
     assert found[0][0] == 120
+
+
+def test_a_newcomer_comes_in_where_a_checkpoint_is_due_after_every_step(tmp_path: Path) -> None:
+    found = run_fleet(train, 3, str(tmp_path), [[0, 1], [0, 1, 2]], False, None, 0, False, 12)
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == 120
+    (joined,) = [row for row in folder.rows(tmp_path / "run" / folder.EVENTS) if row["kind"] == "resize"]
+    assert joined["step"] < 110
 
 
 def test_a_step_begun_with_a_rank_that_is_lost_leaves_no_trace_in_running_means(tmp_path: Path) -> None:
