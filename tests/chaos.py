@@ -34,7 +34,7 @@ from orchestrator.runtime.ledger import verify
 from orchestrator.runtime.worker import local_worker
 from orchestrator.train import train
 from tests.ray.tasks import Slow
-from tests.support import config
+from tests.support import config, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 3
@@ -236,9 +236,8 @@ def cluster() -> Iterator[tuple[Any, list[Any]]]:
     from ray.cluster_utils import Cluster
 
     scratch = tempfile.mkdtemp(prefix="gc-", dir="/tmp")  # short: Ray puts sockets below it
-    there = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, "temp_dir": scratch}
-    )
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port(), "temp_dir": scratch}
+    there = Cluster(initialize_head=True, head_node_args=head)
     try:
         nodes = [there.add_node(num_cpus=1) for _ in range(NODES)]
         os.environ["RAY_ADDRESS"] = there.address  # for what Ray Train starts, where other clusters are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -113,3 +114,10 @@ def _member(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """One of this machine's that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support import free_port
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -17,10 +18,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 @pytest.fixture(scope="session")
 def metrics_port() -> int:
     """Where the cluster's metrics can be scraped."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    return free_port()
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ from launch.outcome import EXIT_STOPPED
 from orchestrator.config import to_yaml
 from orchestrator.runtime import folder
 from orchestrator.runtime.ledger import verify
-from tests.ray.test_head_dies import environment, free_port, kill, processes_of, running, until
-from tests.support import config
+from tests.ray.test_head_dies import environment, kill, processes_of, running, until
+from tests.support import config, free_port
 
 GIVEN_BACK_WITHIN_S = 60
 HEAD = "f" * 51 + "00000"  # as the provider counts the nodes that it simulates

@@ -19,7 +19,7 @@ import pytest
 from orchestrator.config import to_yaml
 from orchestrator.runtime import folder
 from orchestrator.runtime.ledger import verify
-from tests.support import config
+from tests.support import config, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 2400
@@ -28,12 +28,6 @@ SAMPLES = 2400
 def environment() -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled"}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def processes_of(place: str) -> list[int]:
