@@ -29,6 +29,7 @@ from launch.run_command import run
 from orchestrator.config import RunConfig
 from orchestrator.errors import RunFolderError
 from orchestrator.runtime import folder
+from orchestrator.runtime.control_requests import write_request
 from tests import support
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,7 +293,7 @@ def test_a_stop_by_order_is_a_planned_end_and_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = config(tmp_path, train={"samples": 64000}, options={"sleep_s": 0.005})
-    thread = when(has_steps(tmp_path), lambda: call("control", str(tmp_path / "run"), "stop"))
+    thread = when(has_steps(tmp_path), lambda: write_request(tmp_path / "run", "stop", caps={}, timeout_s=60.0))
     assert start(settings) == 0
     thread.join()
     stopped = next(row for row in events(tmp_path) if row["kind"] == "stopped")
