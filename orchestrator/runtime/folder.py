@@ -247,6 +247,20 @@ def last_row(path: Path) -> dict[str, Any] | None:
     raise RunFolderError(f"{path}: {broken}; the file was changed by something else than a run")
 
 
+def recent_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines at the end of a file, some hundreds of them at most, in the order written."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # the first may begin before, and the last be torn
+            found.append(_row(line))
+    return found
+
+
 def surviving(path: Path) -> list[dict[str, Any]]:
     """The lines of the history that counts: of each step the highest attempt's, in order of steps.
 

@@ -150,8 +150,15 @@ class Journal:
         """The steps at which they were taken."""
         return sorted(self._decided_from)
 
+    @property
+    def decisions_written(self) -> list[int]:
+        """The steps of those that the folder's last lines tell of, whoever wrote them; rank zero's."""
+        assert self._outlets is not None, "open() comes first"
+        rows = folder.recent_rows(self._outlets.folder / folder.EVENTS)
+        return [row["step"] for row in rows if row["kind"] == "decision"]
+
     def forget_decisions(self, steps: Sequence[int]) -> None:
-        """Those that rank zero writes down now."""
+        """Those that rank zero writes down, or has written."""
         for step in steps:
             self._decided_from.pop(step, None)
 

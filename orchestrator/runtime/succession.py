@@ -151,6 +151,8 @@ class Succession:
         """Rank zero is gone, and this rank goes on in its place: with the folder, and towards the controller."""
         controller, workers = self._worker.controller, self._worker.world_size
         self._journal.open(self._run, takes_over=True)
+        # The one before may have written what this one does not know to be written.
+        self._journal.forget_decisions(self._journal.decisions_written)
         self._journal.catch_up(change.known)
         welcome = controller.take_over([step.measured for step in self._talk.recent(since=0)], world_size=workers)
         self._journal.started(

@@ -305,6 +305,8 @@ def test_members_come_go_and_die_and_the_run_is_the_one_left_in_peace(controller
     for key in ("step", "samples_seen", "global_batch", "lr"):
         assert [row[key] for row in rows] == [row[key] for row in expected]
     events = list(folder.rows(tmp_path / "run" / folder.EVENTS))
+    decided = [event["step"] for event in events if event["kind"] == "decision"]
+    assert decided == sorted(set(decided))  # each once, whoever wrote it
     assert [event["reason"] for event in events if event["kind"] == "fault"] == [
         f"{name} was killed" for name in ("d", "b", "e")
     ]
