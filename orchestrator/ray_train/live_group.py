@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar, final
 
 import ray
@@ -35,7 +35,7 @@ from orchestrator.ports import View
 from orchestrator.ray_train.asking import ANSWER_S, dead, heard, standings, tell_all
 from orchestrator.ray_train.cohort import Cohort
 from orchestrator.ray_train.door import Standing, tell
-from orchestrator.ray_train.places import context_fields, member_of, obituary, places_of, who_stays
+from orchestrator.ray_train.places import member_of, obituary, places_of, who_stays
 from orchestrator.ray_train.reports import Reports, handed_on
 from orchestrator.ray_train.slots import Slots
 
@@ -218,7 +218,7 @@ class LiveWorkerGroup(WorkerGroup):
         world_size = len(workers)
         for rank, (worker, place) in enumerate(zip(workers, view.places, strict=True)):
             worker.distributed_context = replace(
-                worker.distributed_context, world_rank=rank, world_size=world_size, **context_fields(place)
+                worker.distributed_context, world_rank=rank, world_size=world_size, **asdict(place)
             )
         polls = {id(before[rank]): poll for rank, poll in self._world_rank_to_ongoing_poll.items()}
         self._callback(ReportCallbackHandler)._training_report_queues = [deque() for _ in workers]

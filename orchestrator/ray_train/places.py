@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from ray.train.v2._internal.execution.worker_group.worker import Worker as RayWorker
 
@@ -41,8 +40,3 @@ def places_of(workers: Sequence[RayWorker]) -> tuple[Place, ...]:
         Place(local_rank=on[:i].count(node), local_world_size=on.count(node), node_rank=nodes.index(node))
         for i, node in enumerate(on)
     )
-
-
-def context_fields(place: Place) -> dict[str, int]:
-    """As Ray Train's contexts name them, which are the names of ``Place``."""
-    return asdict(place)

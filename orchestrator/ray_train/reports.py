@@ -39,11 +39,10 @@ class Reports(Generic[T]):
     def whole(self, members: Sequence[str]) -> tuple[int, list[T | None]] | None:
         """The next report that all of ``members`` have made: its number, and each one's; ``None`` of who came later.
 
-        One that a member has passed over, since it was kept from making it, is left out. Members that are not asked
-        for are forgotten.
+        One that a member has passed over, since it was kept from making it, is left out. Others than ``members`` are
+        not waited for.
         """
-        self._made = {member: self._made[member] for member in members}
-        for number in sorted({number for made in self._made.values() for number in made}):
+        for number in sorted({number for member in members for number in self._made[member]}):
             took_part = [member for member in members if self._since[member] < number]
             missing = [member for member in took_part if number not in self._made[member]]
             if not missing:

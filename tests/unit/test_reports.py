@@ -43,6 +43,19 @@ def test_what_one_was_kept_from_making_is_left_out_once_it_makes_the_next() -> N
     assert drained(reports, ["a", "b"]) == [(2, [(2, "a"), (2, "b")])]
 
 
+def test_one_that_is_not_waited_for_may_still_report_and_be_waited_for_again() -> None:
+    """Where Ray waits for the survivors of a node's notice alone."""
+    reports: Reports[Made] = Reports()
+    for name in ("a", "b"):
+        reports.begin(name, since=0)
+    reports.take("a", 1, (1, "a"))
+    assert drained(reports, ["a"]) == [(1, [(1, "a")])]
+    reports.take("b", 1, (1, "b"))
+    for name in ("a", "b"):
+        reports.take(name, 2, (2, name))
+    assert drained(reports, ["a", "b"])[-1] == (2, [(2, "a"), (2, "b")])
+
+
 def test_a_number_is_that_which_the_worker_counts_to_when_the_report_is_made() -> None:
     context = SimpleNamespace(current_report_index=6)
     queue = _NumberedQueue(context)
